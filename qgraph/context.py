@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What passes share while a pipeline runs: data, statistics, the plan, and the record of decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch.fx import GraphModule, Node
+
+from qgraph.graph.ignore import Ignore
+from qgraph.graph.plan import Plan
+from qgraph.graph.verify import Sample
+
+if TYPE_CHECKING:
+    from qgraph.calibration.fused import FusedStatistics
+    from qgraph.pipeline import Pipeline
+
+Batch = tuple[tuple[Any, ...], dict[str, Any]]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One line of the report: what a pass did, or refused to do, at a site.
+
+    Attributes:
+        by: name of the pass.
+        site: node or edge name.
+        outcome: ``applied``, ``kept`` or ``refused``.
+        reason: why.
+        numbers: the measured figures behind it.
+    """
+
+    by: str
+    site: str
+    outcome: Literal["applied", "kept", "refused"]
+    reason: str
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Context:
+    """State of one compilation.
+
+    Attributes:
+        sample: inputs that verification replays.
+        batches: re-iterable calibration batches, each (args, kwargs) of the traced module.
+        reference: the float graph after canonicalisation (set by the compiler), never changed.
+        statistics: filled by the sweep, by value.
+        plan: sites and decisions.
+        decisions: the record for the report.
+        ignore: what stays in float.
+        facts: what holds now.
+        row_masks: optional callable (args, kwargs) -> bool mask [B, T] of rows that count.
+        loss: task loss or teacher-student objective for passes that take one.
+        seed: of every random choice.
+    """
+
+    sample: Sample
+    batches: Iterable[Batch]
+    reference: GraphModule | None = None
+    statistics: dict[Node, FusedStatistics] = field(default_factory=dict)
+    plan: Plan = field(default_factory=Plan)
+    decisions: list[Decision] = field(default_factory=list)
+    ignore: Ignore = field(default_factory=Ignore)
+    facts: frozenset[str] = frozenset()
+    pipeline: Pipeline | None = None
+    row_masks: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None
+    loss: Any = None
+    seed: int = 0
+    verify: bool | Literal["full"] = True
+    progress: Progress | None = None
+    cache_dir: Path | None = None
+    max_memory: int | None = None
+
+    def progress_step(self, what: str, done: int, total: int) -> None:
+        """Tell the caller how far things are."""
+        if self.progress is not None:
+            self.progress(what, done, total)
+
+    def record(
+        self, by: str, site: object, outcome: Literal["applied", "kept", "refused"], reason: str,
+        **numbers: float,
+    ) -> None:  # fmt: skip
+        """Add a line to the report."""
+        name = site.name if isinstance(site, Node) else str(site)
+        self.decisions.append(Decision(by, name, outcome, reason, numbers))

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Formats given by a table: any sorted set of integer levels, with decision thresholds between.
+
+A code is the rank of its level in the table, so quantization is monotone and idempotent by
+construction, and a new format is a function that fills the table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qgraph.errors import ConfigError
+from qgraph.formats.base import Encoding, along, check_scale
+
+
+def rank_dtype(num_levels: int) -> torch.dtype:
+    """uint8 up to 256 levels, else int16."""
+    return torch.uint8 if num_levels <= 256 else torch.int16
+
+
+def midpoints(levels: Tensor) -> Tensor:
+    """Decision thresholds of nearest-level encoding, in units of the scale (fp32)."""
+    wide = levels.to(torch.float64)
+    return ((wide[..., 1:] + wide[..., :-1]) / 2).to(torch.float32)
+
+
+def levels_encode(x: Tensor, scale: Tensor, thresholds: Tensor, axis: int | None = None) -> Tensor:
+    """Rank of each element: how many thresholds lie strictly below ``x / scale``.
+
+    A value exactly on a threshold takes the lower rank.
+    """
+    units = x.to(torch.float32) / along(scale, axis, x.ndim)
+    dtype = rank_dtype(thresholds.shape[-1] + 1)
+    if thresholds.ndim == 1:
+        return torch.bucketize(units, thresholds).to(dtype)
+    assert axis is not None, "thresholds per channel need an axis"
+    moved = units.movedim(axis, 0)
+    ranks = torch.searchsorted(thresholds, moved.reshape(moved.shape[0], -1).contiguous())
+    return ranks.to(dtype).view(moved.shape).movedim(0, axis)
+
+
+def levels_of(ranks: Tensor, levels: Tensor, axis: int | None = None) -> Tensor:
+    """Level of each rank, int32."""
+    if levels.ndim == 1:
+        return levels.to(torch.int32)[ranks.to(torch.int64)]
+    assert axis is not None, "levels per channel need an axis"
+    moved = ranks.to(torch.int64).movedim(axis, 0)
+    flat = torch.gather(levels.to(torch.int32), 1, moved.reshape(moved.shape[0], -1))
+    return flat.view(moved.shape).movedim(0, axis)
+
+
+def levels_decode(ranks: Tensor, scale: Tensor, levels: Tensor, axis: int | None = None) -> Tensor:
+    """Values ``scale * level[rank]`` in fp32."""
+    values = levels_of(ranks, levels, axis).to(torch.float32)
+    return values * along(scale, axis, ranks.ndim)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class LevelEncoding(Encoding):
+    """A quantizer given by its levels.
+
+    Attributes:
+        name: the format it is an instance of, for reports (``dual region``, ...).
+        scale: fp32 [] or [C].
+        levels: int32 [L] or [C, L], strictly ascending along the last axis.
+        thresholds: fp32 [L-1] or [C, L-1], in units of the scale, between the levels.
+        storage_bits: bits that one packed code takes (may exceed log2 L).
+        axis: channel axis where anything differs by channel.
+
+    Raises:
+        ConfigError: on a bad scale, levels not ascending, or thresholds out of place.
+    """
+
+    name: str
+    scale: Tensor
+    levels: Tensor
+    thresholds: Tensor
+    storage_bits: int
+    axis: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", check_scale(self.scale))
+        object.__setattr__(self, "levels", self.levels.detach().to(torch.int32))
+        object.__setattr__(self, "thresholds", self.thresholds.detach().to(torch.float32))
+        if self.levels.shape[-1] < 2 or not bool((self.levels.diff(dim=-1) > 0).all()):
+            msg = f"{self.name}: levels must be at least two and strictly ascending"
+            raise ConfigError(msg)
+        below = self.thresholds >= self.levels[..., :-1]
+        above = self.thresholds < self.levels[..., 1:]
+        if self.thresholds.shape[-1] != self.levels.shape[-1] - 1 or not bool(
+            (below & above).all()
+        ):
+            msg = f"{self.name}: each decision threshold must lie between its two levels"
+            raise ConfigError(msg)
+
+    @classmethod
+    def nearest(
+        cls, name: str, scale: Tensor, levels: Tensor, *, storage_bits: int, axis: int | None = None
+    ) -> LevelEncoding:
+        """Nearest-level encoding: thresholds midway, a tie takes the lower level."""
+        return cls(
+            name=name, scale=scale, levels=levels, thresholds=midpoints(levels),
+            storage_bits=storage_bits, axis=axis,
+        )  # fmt: skip
+
+    @property
+    def bits(self) -> int:  # noqa: D102
+        return self.storage_bits
+
+    def encode(self, x: Tensor) -> Tensor:  # noqa: D102
+        return levels_encode(x, self.scale, self.thresholds, self.axis)
+
+    def level(self, codes: Tensor) -> Tensor:  # noqa: D102
+        return levels_of(codes, self.levels, self.axis)
+
+    def table(self) -> Tensor:  # noqa: D102
+        return self.levels
+
+    def to(self, device: torch.device | str) -> LevelEncoding:  # noqa: D102
+        return LevelEncoding(
+            name=self.name, scale=self.scale.to(device), levels=self.levels.to(device),
+            thresholds=self.thresholds.to(device), storage_bits=self.storage_bits, axis=self.axis,
+        )  # fmt: skip
+
+    def describe(self) -> str:  # noqa: D102
+        return f"{self.name} {self.storage_bits}-bit {self.granularity}"

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Building graphs: new calls with complete metadata, new buffers, shallow copies, pruning."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from qgraph.graph.edges import Edge
+
+_COPIED_META = ("nn_module_stack", "stack_trace", "torch_fn")
+
+
+def fake_mode(module: GraphModule) -> FakeTensorMode:
+    """The fake mode of the graph's values, so that symbolic sizes stay shared."""
+    for node in module.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch._subclasses.FakeTensor):
+            return value.fake_mode  # type: ignore[no-any-return]
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def set_value(module: GraphModule, node: Node) -> None:
+    """Compute `meta["val"]` of one node from its arguments, without running any kernel."""
+    mode = fake_mode(module)
+
+    def value_of(item: Node) -> Any:
+        if item.op == "get_attr" and "val" not in item.meta:
+            item.meta["val"] = mode.from_tensor(attribute(module, str(item.target)))
+        return item.meta["val"]
+
+    if node.op == "get_attr":
+        value_of(node)
+        return
+    args, kwargs = map_arg(node.args, value_of), map_arg(node.kwargs, value_of)
+    with mode:
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def attribute(module: GraphModule, target: str) -> Tensor:
+    """The tensor at a dotted path."""
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value  # type: ignore[no-any-return]
+
+
+def insert_call(
+    module: GraphModule, target: Callable[..., Any], *args: Any, like: Node,
+    before: Node | None = None, **kwargs: Any,
+) -> Node:  # fmt: skip
+    """Insert a call with full metadata.
+
+    Args:
+        module: the graph module.
+        target: the op.
+        *args: its arguments; nodes stand for their values.
+        like: the node it stems from; module path and source line are copied from it.
+        before: where to insert; default directly after `like`.
+        **kwargs: keyword arguments of the op.
+    """
+    graph = module.graph
+    with graph.inserting_before(before) if before is not None else graph.inserting_after(like):
+        node = graph.call_function(target, args, kwargs)
+    node.meta.update({k: like.meta[k] for k in _COPIED_META if k in like.meta})
+    set_value(module, node)
+    return node
+
+
+def add_buffer(module: GraphModule, hint: str, tensor: Tensor) -> str:
+    """Register a new buffer under a fresh name derived from `hint`; return the name."""
+    base = "_q_" + "".join(c if c.isalnum() else "_" for c in hint)
+    taken, name, number = module._buffers, base, 0
+    while name in taken or hasattr(module, name):
+        number += 1
+        name = f"{base}_{number}"
+    module.register_buffer(name, tensor.detach())
+    return name
+
+
+def insert_buffer(module: GraphModule, hint: str, tensor: Tensor, *, before: Node) -> Node:
+    """Register a buffer and read it just before `before`."""
+    name = add_buffer(module, hint, tensor)
+    with module.graph.inserting_before(before):
+        node = module.graph.get_attr(name)
+    set_value(module, node)
+    return node
+
+
+def replace_tensor(module: GraphModule, edge: Edge, tensor: Tensor, hint: str) -> Node:
+    """Let one edge read a new constant; other readers keep the old one."""
+    node = insert_buffer(module, hint, tensor, before=edge.consumer)
+    edge.redirect(node)
+    return node
+
+
+def shallow_copy(module: GraphModule) -> GraphModule:
+    """A copy of the graph that shares all tensors with the original."""
+    graph = Graph()
+    mapping: dict[Node, Node] = {}
+    output = graph.graph_copy(module.graph, val_map=mapping)
+    graph.output(output)
+    graph._codegen = copy.deepcopy(module.graph._codegen)
+    clone = GraphModule(module, graph)
+    clone.meta.update(module.meta)
+    clone.train(module.training)
+    return clone
+
+
+def prune(module: GraphModule) -> bool:
+    """Drop dead constants and the tensors no node reads; return whether anything went."""
+    changed = False
+    for node in reversed(list(module.graph.nodes)):
+        if node.op == "get_attr" and not node.users:
+            module.graph.erase_node(node)
+            changed = True
+    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    for name in [*dict(module.named_parameters()), *dict(module.named_buffers())]:
+        if name not in read:
+            owner, _, leaf = name.rpartition(".")
+            delattr(module.get_submodule(owner), leaf)
+            changed = True
+    return changed
