@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 _STATIC = (None, Dim.STATIC)
@@ -124,7 +125,7 @@ def specialised(program: ExportedProgram, sample: Sample) -> list[str]:
         f"{name} dimension {dim} = {value.shape[dim]}"
         for (name, value), dims in zip(tensors, sample.marked, strict=False)
         for dim in dims
-        if isinstance(value.shape[dim], int)
+        if is_concrete_int(value.shape[dim])
     ]
 
 
@@ -133,4 +134,4 @@ def has_symbolic_outputs(program: ExportedProgram) -> bool:
     output = next(node for node in program.graph.nodes if node.op == "output")
     values = [node.meta.get("val") for node in output.all_input_nodes]
     shapes = [value.shape for value in values if isinstance(value, Tensor)]
-    return all(any(not isinstance(size, int) for size in shape) for shape in shapes)
+    return all(any(not is_concrete_int(size) for size in shape) for shape in shapes)

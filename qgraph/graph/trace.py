@@ -168,7 +168,8 @@ def _export_explicit(model: nn.Module, sample: Sample) -> ExportedProgram:
     if fixed:
         msg = (
             "dynamic_shapes asks for dynamic sizes, but the model's code fixes "
-            f"{', '.join(fixed)}; leave them out of dynamic_shapes, or make the code independent of the size"
+            f"{', '.join(fixed)}; leave them out of dynamic_shapes, or make the code independent "
+            "of the size"
         )
         raise CaptureError(msg)
     return program
