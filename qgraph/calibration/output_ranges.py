@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Range choice by what the consuming layer's output sees.
+
+A clip that is best for a value can be bad for the layer behind it, since a few large entries meet
+large weights. So the loss here is the squared error of the layer's output over sampled rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qgraph.calibration.clip_grid import CodeRange, Schedule, search_clip
+from qgraph.errors import CalibrationError, ConfigError
+from qgraph.formats.affine import IntGrid
+
+CELLS = 1 << 19  # elements of quantized rows held at once
+SCHEDULE = Schedule(coarse=6, fine=3, rounds=2, smallest=2.0**-4)
+
+
+def sketch(weight: Tensor, projections: int, seed: int = 0) -> Tensor:
+    """[projections, C]: random signs times the weight [O, C].
+
+    ``|e sketch^T|^2`` estimates ``|e weight^T|^2`` without bias (Johnson-Lindenstrauss); all
+    candidates see the same signs, so their order is kept far better than each value.
+    """
+    if projections >= weight.shape[0]:
+        return weight
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (projections, weight.shape[0]), generator=generator) * 2 - 1
+    mixed: Tensor = (signs.to(weight) @ weight) / projections**0.5
+    return mixed
+
+
+def output_error(
+    rows: Tensor, weight: Tensor, codes: CodeRange, low: Tensor, high: Tensor
+) -> Tensor:
+    """``sum |(Q(x) - x) W^T|^2`` over rows [N, C] for K candidate ranges; fp64 [K]."""
+    scale, bottom, top = (v.to(rows)[:, None, None] for v in codes.grid(low, high))
+    losses = []
+    size = max(1, CELLS // max(1, rows.numel()))
+    for part in range(0, scale.shape[0], size):
+        s, b, t = (v[part : part + size] for v in (scale, bottom, top))
+        error = (rows / s).round_().mul_(s).clamp_(b, t).sub_(rows)
+        losses.append((error @ weight.T).square_().sum(dim=(1, 2), dtype=torch.float64))
+    return torch.cat(losses).cpu()
+
+
+def choose_range_for_output(
+    rows: Tensor,
+    weight: Tensor,
+    *,
+    low: float,
+    high: float,
+    bits: int,
+    signed: bool = False,
+    symmetric: bool = False,
+    narrow: bool = False,
+    is_gram: bool = False,
+    projections: int | None = 64,
+) -> tuple[float, float]:
+    """Choose the clip range with the smallest squared error of a layer's output.
+
+    Args:
+        rows: sampled inputs of the layer, fp32 [N, C].
+        weight: the layer's weight [O, C] (several consumers: stacked along O), or with `is_gram`
+            ``W^T W`` [C, C].
+        low, high: the exact range of the inputs; no choice exceeds it.
+        bits, signed, symmetric, narrow: as in `choose_range`.
+        projections: outputs are projected to so many random directions; None: exact.
+
+    0 always lies inside; of equally good ranges the largest is taken.
+
+    Raises:
+        CalibrationError: no rows; ConfigError: shapes that do not fit.
+    """
+    low, high = min(0.0, low), max(0.0, high)
+    if symmetric and not signed:
+        low = 0.0
+    if rows.ndim != 2 or weight.ndim != 2 or rows.shape[1] != weight.shape[1]:
+        msg = f"rows {list(rows.shape)} and weight {list(weight.shape)} need [N, C] and [O, C]"
+        raise ConfigError(msg)
+    if not rows.shape[0]:
+        msg = "no rows were sampled, so no range can be chosen (0 samples)"
+        raise CalibrationError(msg)
+    if low == high:
+        return low, high
+    weight = weight.detach().to(rows)
+    factor = _root(weight) if is_gram else weight
+    if projections is not None:
+        factor = sketch(factor, projections)
+    grid = IntGrid(bits, signed, narrow)
+    codes = CodeRange(grid.qmin, grid.qmax, symmetric)
+
+    def objective(lows: Tensor, highs: Tensor) -> Tensor:
+        return output_error(rows, factor, codes, lows, highs)
+
+    return search_clip(objective, low, high, tied=symmetric, schedule=SCHEDULE)
+
+
+def _root(gram: Tensor) -> Tensor:
+    """A matrix R with ``R^T R = gram``."""
+    values, vectors = torch.linalg.eigh(gram.double())
+    root: Tensor = values.clamp(min=0.0).sqrt()[:, None] * vectors.T
+    return root.to(gram.dtype)

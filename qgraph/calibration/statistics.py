@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a statistic is, and the observation of one tensor that several statistics share.
+
+A statistic is a mergeable summary with bounded memory. Its value depends on the multiset of
+samples (rows of dim 0), not on how they were batched, ordered or spread over ranks. Shared
+intermediate results (extrema, sampled values) are computed once per tensor by `Observation`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from qgraph.calibration.sampling import spread_indices, stride_for, unravelled
+from qgraph.errors import ArtifactError, CalibrationError, ConfigError
+
+INF = float("inf")
+
+
+class Extrema(NamedTuple):
+    """Smallest and largest finite value ([] or [C] fp32), and how many values there were."""
+
+    low: Tensor
+    high: Tensor
+    seen: int | Tensor
+    nonfinite: int | Tensor
+
+
+class Sample(NamedTuple):
+    """Sampled values; `keep` marks those that count (None: all)."""
+
+    values: Tensor
+    keep: Tensor | None
+
+
+def channel_axis(axis: int, ndim: int) -> int:
+    """`axis` counted from the front; dim 0 is the sample axis and cannot be a channel axis."""
+    front = axis + ndim if axis < 0 else axis
+    if not 0 < front < ndim and not (ndim == 1 and front == 0):
+        msg = f"channel axis {axis} does not fit a value of {ndim} dimensions [sample, ...]"
+        raise ConfigError(msg)
+    return front
+
+
+class Observation:
+    """One tensor as statistics see it: fp32, with lazily computed, shared reads.
+
+    Args:
+        x: floating tensor; dim 0 is the sample axis.
+        mask: bool [B, T]: True where a row of x [B, T, C] counts (a token that is not padding).
+            Values that do not have exactly one dimension more than the mask ignore it.
+    """
+
+    def __init__(self, x: Tensor, mask: Tensor | None = None) -> None:
+        if not x.is_floating_point():
+            msg = f"statistics need a floating tensor, got {x.dtype} {list(x.shape)}"
+            raise CalibrationError(msg)
+        x = x.detach()
+        self.x = x if x.dtype == torch.float32 else x.to(torch.float32)
+        if self.x.ndim < 2:
+            self.x = self.x.reshape(1, -1)
+        fits = mask is not None and mask.ndim + 1 == x.ndim and mask.shape == x.shape[:-1]
+        self.mask = mask.to(x.device, torch.bool) if fits and mask is not None else None
+        self._extrema: Extrema | None = None
+        self._channels: dict[int, Extrema] = {}
+        self._rows: Tensor | None = None
+        self._samples: dict[tuple[int, int, int], Sample] = {}
+
+    @property
+    def on_host(self) -> bool:
+        """Whether reading a scalar back costs nothing."""
+        return self.x.device.type == "cpu"
+
+    @staticmethod
+    def at(x: Tensor, index: tuple[Tensor, ...]) -> Tensor:
+        """Every sample of x [B, ...] at the same positions: [B, n, rest]."""
+        return x[(slice(None), *index)]  # type: ignore[index]
+
+    def rows(self) -> Tensor:
+        """All rows that count, [N, C] (last axis C)."""
+        if self._rows is None:
+            x, mask = self.x, self.mask
+            self._rows = x.reshape(-1, x.shape[-1]) if mask is None else x[mask]
+        return self._rows
+
+    def extrema(self) -> Extrema:
+        """Extrema over everything."""
+        if self._extrema is None:
+            if self._channels:
+                per_channel = next(iter(self._channels.values()))
+                low, high = per_channel.low.amin(), per_channel.high.amax()
+                self._extrema = Extrema(low, high, per_channel.seen, per_channel.nonfinite)
+            else:
+                self._extrema = self._reduce(None)
+        return self._extrema
+
+    def channel_extrema(self, axis: int) -> Extrema:
+        """Extrema per channel of `axis`."""
+        axis = channel_axis(axis, self.x.ndim)
+        if axis not in self._channels:
+            self._channels[axis] = self._reduce(axis)
+        return self._channels[axis]
+
+    def _reduce(self, axis: int | None) -> Extrema:
+        x, weight = self.x, self.mask
+        if weight is not None and self.on_host and axis in {None, x.ndim - 1}:
+            x, weight, axis = self.rows(), None, None if axis is None else 1
+        dims = [d for d in range(x.ndim) if d != axis]
+        shape = [] if axis is None else [x.shape[axis]]
+        if x.numel() == 0:
+            return Extrema(x.new_full(shape, INF), x.new_full(shape, -INF), 0, 0)
+        if self.on_host and weight is None:
+            low, high = x.amin(dims), x.amax(dims)
+            if bool(torch.isfinite(low).all()) and bool(torch.isfinite(high).all()):
+                return Extrema(low, high, x.numel(), 0)
+        finite = torch.isfinite(x)
+        counted = torch.ones_like(finite) if weight is None else weight.unsqueeze(-1)
+        counted = counted.expand_as(x)
+        ok = finite & counted
+        low = torch.where(ok, x, INF).amin(dims)
+        high = torch.where(ok, x, -INF).amax(dims)
+        total = counted.sum()
+        return Extrema(low, high, total, total - ok.sum())
+
+    def sample(self, rate: int, floor: int = 256, cap: int = 1 << 16) -> Sample:
+        """Values [B, n] at a fixed stride inside each sample; see `stride_for`."""
+        key = (rate, floor, cap)
+        if key not in self._samples:
+            self._samples[key] = self._strided(*key)
+        return self._samples[key]
+
+    def _strided(self, rate: int, floor: int, cap: int) -> Sample:
+        x = self.x
+        length = math.prod(x.shape[1:])
+        stride = stride_for(length, rate, floor, cap)
+        if x.is_contiguous() or stride == 1:
+            values = x.reshape(x.shape[0], length)[:, ::stride]
+        else:
+            index = unravelled(tuple(x.shape[1:]), (length, stride), x.device)
+            values = self.at(x, index)
+        if self.mask is None:
+            return Sample(values, None)
+        tokens = torch.arange(0, length, stride, device=x.device) // x.shape[-1]
+        return Sample(values, self.mask.flatten(1)[:, tokens])
+
+    def vectors(self, axis: int, count: int) -> Sample:
+        """Vectors [B, n, C] along `axis`, at n <= `count` fixed positions of each sample."""
+        axis = channel_axis(axis, self.x.ndim)
+        y = self.x.movedim(axis, -1)
+        if y.ndim == 2:
+            return Sample(y.unsqueeze(1), None if self.mask is None else self.mask.unsqueeze(1))
+        flat, index = spread_indices(tuple(y.shape[1:-1]), count, y.device)
+        use_mask = self.mask is not None and axis == self.x.ndim - 1
+        keep = self.mask.flatten(1)[:, flat] if use_mask and self.mask is not None else None
+        return Sample(self.at(y, index), keep)
+
+
+def count_indices(index: Tensor, size: int) -> Tensor:
+    """int64 [size]: how often each value of `index` occurs (all in [0, size)); no host round trip.
+
+    torch.bincount waits for the device, so devices other than the CPU scatter instead.
+    """
+    index = index.reshape(-1)
+    if index.device.type == "cpu":
+        return torch.bincount(index, minlength=size)
+    counts = torch.zeros(size, dtype=torch.int64, device=index.device)
+    return counts.scatter_add_(0, index.long(), torch.ones_like(index, dtype=torch.int64))
+
+
+class Statistic(ABC):
+    """A mergeable summary of a value; see the module docstring.
+
+    Class attributes:
+        OPTIONS: names of the constructor's options (ints or tuples of ints), kept as attributes.
+        FIELDS: names of the tensor attributes that hold the summary; None before the first
+            update where the shape is not known yet.
+    """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = ()
+    FIELDS: ClassVar[tuple[str, ...]] = ()
+
+    def update(self, x: Tensor, *, mask: Tensor | None = None) -> None:
+        """Add the samples of `x` (dim 0 is the sample axis); `mask` as in `Observation`."""
+        self.observe(Observation(x, mask))
+
+    @abstractmethod
+    def observe(self, seen: Observation) -> None:
+        """Add an observation."""
+
+    @abstractmethod
+    def _combine(self, other: Self) -> None:
+        """Add another summary with the same options, on the same device, not empty."""
+
+    def merge(self, other: Self) -> None:
+        """Add what `other` has seen.
+
+        Raises:
+            ConfigError: if the two were made with different options.
+        """
+        if type(self) is not type(other) or self.options() != other.options():
+            msg = f"cannot merge {other!r} into {self!r}"
+            raise ConfigError(msg)
+        theirs = other.fields()
+        mine = self.fields()
+        if not mine:
+            self._load({name: value.clone() for name, value in theirs.items()})
+        elif theirs:
+            device = next(iter(mine.values())).device
+            same = self.from_state(other.state())
+            same.place(device)
+            self._combine(same)
+
+    def options(self) -> dict[str, int | tuple[int, ...]]:
+        """The constructor's options."""
+        return {name: getattr(self, name) for name in self.OPTIONS}
+
+    def fields(self) -> dict[str, Tensor]:
+        """The summary's tensors that exist."""
+        found = {name: getattr(self, name) for name in self.FIELDS}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def _load(self, fields: dict[str, Tensor]) -> None:
+        for name, value in fields.items():
+            if name not in self.FIELDS:
+                msg = f"{type(self).__name__} has no field {name!r}; it has {self.FIELDS}"
+                raise ArtifactError(msg)
+            setattr(self, name, value)
+
+    def place(self, device: torch.device) -> None:
+        """Move the summary to a device."""
+        self._load({name: value.to(device) for name, value in self.fields().items()})
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything as tensors: copies of the fields, and the options as ``option.<name>``."""
+        options = {f"option.{k}": torch.tensor(v) for k, v in self.options().items()}
+        return options | {k: v.clone() for k, v in self.fields().items()}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> Self:
+        """Rebuild from `state()`.
+
+        Raises:
+            ArtifactError: on a field that this statistic does not have.
+        """
+        options: dict[str, int | tuple[int, ...]] = {}
+        for name in cls.OPTIONS:
+            value = state[f"option.{name}"].tolist()
+            options[name] = tuple(value) if isinstance(value, list) else value
+        made = cls(**options)
+        made._load({k: v.clone() for k, v in state.items() if not k.startswith("option.")})
+        return made
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{k}={v}" for k, v in self.options().items())
+        return f"{type(self).__name__}({options})"
