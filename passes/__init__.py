@@ -1,2 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Placeholder."""
+"""Transformations, one file each, named after what it does."""
+
+from qgraph.passes.calibrate import Calibrate
+from qgraph.passes.choose_ranges import ChooseRanges
+from qgraph.passes.choose_weight_scales import ChooseWeightScales
+from qgraph.passes.drop_noops import DropNoops
+from qgraph.passes.fold_batch_norm import FoldBatchNorm
+from qgraph.passes.hoist_quantizers import HoistQuantizers
+from qgraph.passes.insert_quantizers import InsertQuantizers
+from qgraph.passes.open_attention import OpenAttention
+from qgraph.passes.pack_weights import PackWeights
+from qgraph.passes.plan_sites import PlanSites
+from qgraph.passes.quantize_biases import QuantizeBiases
+from qgraph.pipeline import Pass
+
+ALL: tuple[type[Pass], ...] = (
+    DropNoops,
+    FoldBatchNorm,
+    OpenAttention,
+    PlanSites,
+    Calibrate,
+    ChooseRanges,
+    ChooseWeightScales,
+    InsertQuantizers,
+    HoistQuantizers,
+    QuantizeBiases,
+    PackWeights,
+)
+
+__all__ = [
+    "ALL",
+    "Calibrate",
+    "ChooseRanges",
+    "ChooseWeightScales",
+    "DropNoops",
+    "FoldBatchNorm",
+    "HoistQuantizers",
+    "InsertQuantizers",
+    "OpenAttention",
+    "PackWeights",
+    "PlanSites",
+    "QuantizeBiases",
+]

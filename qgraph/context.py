@@ -47,7 +47,9 @@ class Context:
 
     Attributes:
         sample: inputs that verification replays.
-        batches: re-iterable calibration batches, each (args, kwargs) of the traced module.
+        batches: re-iterable calibration batches, as the user gave them.
+        adapt: turns a batch into (args, kwargs) of the traced module.
+        num_batches: how many the sweep saw.
         reference: the float graph after canonicalisation (set by the compiler), never changed.
         statistics: filled by the sweep, by value.
         plan: sites and decisions.
@@ -60,7 +62,9 @@ class Context:
     """
 
     sample: Sample
-    batches: Iterable[Batch]
+    batches: Iterable[Any]
+    adapt: Callable[[Any], Batch] | None = None
+    num_batches: int = 0
     reference: GraphModule | None = None
     statistics: dict[Node, FusedStatistics] = field(default_factory=dict)
     plan: Plan = field(default_factory=Plan)

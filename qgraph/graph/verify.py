@@ -183,8 +183,8 @@ class Verifier:
         self, module: GraphModule, allowed: float
     ) -> tuple[Node | None, float]:
         """The first node of either graph's common names whose value moved and stayed moved."""
-        old = _Recorder(self._before).record(self.sample)
-        new = _Recorder(module).record(self.sample)
+        old = record_values(self._before, self.sample)
+        new = record_values(module, self.sample)
         found: tuple[Node | None, float] = (None, float("nan"))
         for node in reversed(list(module.graph.nodes)):
             if node.op == "output" or node.name not in old or node.name not in new:
@@ -217,17 +217,26 @@ def difference(before: list[Tensor], after: list[Tensor]) -> float:
 
 
 class _Recorder(Interpreter):
-    """Runs a graph and keeps every tensor value by node name."""
+    """Runs a graph and keeps tensor values by node name, all or those asked for."""
 
-    def record(self, sample: Sample) -> dict[str, Tensor]:
+    def __init__(self, module: GraphModule, names: set[str] | None) -> None:
+        super().__init__(module)
+        self.names = names
         self.values: dict[str, Tensor] = {}
-        flat = self.module.graph.process_inputs(*sample.args, **sample.kwargs)  # type: ignore[union-attr, operator]
-        with torch.no_grad():
-            self.run(*flat, enable_io_processing=False)
-        return self.values
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and (self.names is None or n.name in self.names):
             self.values[n.name] = value
         return value
+
+
+def record_values(
+    module: GraphModule, sample: Sample, names: set[str] | None = None
+) -> dict[str, Tensor]:
+    """Values of the nodes of these names (default: all) when the graph runs on the sample."""
+    recorder = _Recorder(module, names)
+    leaves = tree_leaves((sample.args, sample.kwargs))
+    with torch.no_grad():
+        recorder.run(*leaves, enable_io_processing=False)
+    return recorder.values

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choose the affine range of every activation that no other pass gave a format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from qgraph.calibration import (
+    Histogram,
+    Reservoir,
+    affine_parameters,
+    choose_range,
+    choose_range_for_output,
+)
+from qgraph.context import Context
+from qgraph.errors import unknown_name
+from qgraph.formats import AffineEncoding, IntGrid
+from qgraph.graph.build import attribute
+from qgraph.graph.ops import OpKind, argument, product
+from qgraph.graph.plan import Site
+from qgraph.graph.requests import Request
+from qgraph.pipeline import Fact, Pass, Promise
+
+METHODS = ("output", "mse", "minmax", "percentile", "entropy")
+
+
+@dataclass(frozen=True)
+class ChooseRanges(Pass):
+    """Give every undecided activation site an unsigned affine encoding per tensor.
+
+    Attributes:
+        method: ``"output"`` minimises the error of the consuming layers' outputs over sampled
+            rows (a plain MSE clip can be worse than min-max: a few large entries meet large
+            weights) and falls back to ``"mse"`` where the consumer has no stored weight; or
+            ``"minmax"``, ``"percentile"``, ``"entropy"``.
+        rows: sampled rows per value for ``"output"``.
+
+    Consumers of one value at one width share one encoding.
+    """
+
+    name: ClassVar[str] = "choose-ranges"
+    promise: ClassVar[Promise] = Promise.IDENTICAL
+    requires: ClassVar[frozenset[str]] = frozenset({Fact.PLANNED, Fact.STATISTICS})
+    establishes: ClassVar[frozenset[str]] = frozenset({Fact.RANGES})
+
+    method: str = "output"
+    rows: int = 64
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise unknown_name("range method", self.method, METHODS)
+
+    def statistics(self, module: GraphModule, context: Context) -> Iterable[Request]:  # noqa: D102
+        for (value, _), sites in context.plan.by_value(undecided_only=True).items():
+            yield Request(value, "Range")
+            if self.method != "minmax":
+                yield Request(value, "Histogram")
+            if self.method == "output" and output_weight(module, sites) is not None:
+                axis = sites[0].axis if sites[0].axis is not None else -1
+                yield Request(value, "Reservoir", (("axis", axis), ("rows", self.rows)))
+
+    def run(self, module: GraphModule, context: Context) -> bool:  # noqa: D102
+        for (value, bits), sites in context.plan.by_value(undecided_only=True).items():
+            low, high, how = self._range(module, context, value, bits, sites)
+            grid = IntGrid(bits, signed=False)
+            scale, zero_point = affine_parameters(low, high, grid.qmin, grid.qmax, symmetric=False)
+            encoding = AffineEncoding(
+                scale=scale, zero_point=zero_point, qmin=grid.qmin, qmax=grid.qmax
+            )
+            for site in sites:
+                site.decide(encoding, self.name, f"{how} range [{low:.4g}, {high:.4g}]")
+        return False
+
+    def _range(
+        self, module: GraphModule, context: Context, value: Node, bits: int, sites: list[Site]
+    ) -> tuple[float, float, str]:
+        seen = context.statistics[value]
+        extrema = seen.range()
+        weight = output_weight(module, sites) if self.method == "output" else None
+        if weight is not None:
+            rows = seen.get(Reservoir).sampled()
+            low, high = extrema.bounds()
+            found = choose_range_for_output(rows, weight, low=low, high=high, bits=bits)
+            return (*found, "output-aware")
+        method = "mse" if self.method == "output" else self.method
+        source = seen.get(Histogram) if method != "minmax" else seen.find(Histogram)
+        found = choose_range(source, extrema, bits=bits, method=method)  # type: ignore[arg-type]
+        return (*found, method)
+
+
+def output_weight(module: GraphModule, sites: list[Site]) -> Tensor | None:
+    """Weights [O, C] of all consumers with a stored weight, stacked; None if there are none.
+
+    A convolution counts each kernel position as an output of its own.
+    """
+    stacked = []
+    for site in sites:
+        what = product(site.edge.consumer)
+        if what is None or site.kind not in {OpKind.LINEAR, OpKind.CONV}:
+            continue
+        weight = site.edge.consumer.args[what.weight]
+        if not isinstance(weight, Node) or weight.op != "get_attr" or site.edge.path != (what.data,):
+            continue
+        if site.kind is OpKind.CONV and argument(site.edge.consumer, 6) != 1:
+            continue
+        values = attribute(module, str(weight.target)).detach().to(torch.float32)
+        stacked.append(values.movedim(1, -1).reshape(-1, values.shape[1]))
+    return torch.cat(stacked) if stacked else None

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choose the scale of every weight that no other pass gave a format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.fx import GraphModule
+
+from qgraph.calibration import weight_parameters
+from qgraph.context import Context
+from qgraph.formats import AffineEncoding, IntGrid
+from qgraph.graph.build import attribute
+from qgraph.graph.plan import Site
+from qgraph.pipeline import Fact, Pass, Promise
+
+
+@dataclass(frozen=True)
+class ChooseWeightScales(Pass):
+    """Give every undecided weight a symmetric encoding per output channel, clip by MSE search.
+
+    At 8 bits the lowest code is dropped, which makes ``Q(-w) = -Q(w)``; below, every code counts.
+
+    Attributes:
+        norm: exponent of the error (2.0; the published codes use 2.4).
+    """
+
+    name: ClassVar[str] = "choose-weight-scales"
+    promise: ClassVar[Promise] = Promise.IDENTICAL
+    requires: ClassVar[frozenset[str]] = frozenset({Fact.PLANNED})
+
+    norm: float = 2.0
+
+    def run(self, module: GraphModule, context: Context) -> bool:  # noqa: D102
+        found: dict[tuple[str, int, int | None], AffineEncoding] = {}
+        for site in context.plan.weights():
+            if site.encoding is None:
+                key = (str(site.value.target), site.bits, site.axis)
+                if key not in found:  # tied weights share one encoding
+                    found[key] = self._encoding(module, site)
+                site.decide(found[key], self.name, "clip by MSE search")
+        return False
+
+    def _encoding(self, module: GraphModule, site: Site) -> AffineEncoding:
+        weight = attribute(module, str(site.value.target))
+        grid = IntGrid(site.bits, signed=True, narrow=site.bits >= 8)
+        axis = None if site.axis is None else site.axis % weight.ndim
+        shaped = weight if axis is not None else weight.reshape(1, -1)
+        scale, zero_point = weight_parameters(
+            shaped, axis=axis or 0, bits=site.bits, narrow=grid.narrow, norm=self.norm
+        )
+        if axis is None:
+            scale, zero_point = scale.squeeze(0), zero_point.squeeze(0)
+        return AffineEncoding(
+            scale=scale, zero_point=zero_point, qmin=grid.qmin, qmax=grid.qmax, axis=axis
+        )

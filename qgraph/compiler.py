@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""compile(): from a trained model to a quantized one, the whole way on one page.
+
+    trace      a private copy becomes an fx graph of ATen calls        qgraph/graph/trace.py
+    pipeline   passes canonicalise, plan, calibrate once, decide,
+               rewrite, and write quantizers into the graph            qgraph/pipelines.py, passes/
+    result     the graph, its report, and backends that run it         qgraph/model.py, backends/
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from qgraph.calibration.loader import adapter, first_batch
+from qgraph.calibration.sample import example_of, small_sample
+from qgraph.context import Context, Progress
+from qgraph.errors import ConfigError
+from qgraph.graph.ignore import Ignore, Pattern
+from qgraph.graph.trace import trace, trace_info
+from qgraph.model import QuantizedModel
+from qgraph.pipeline import Fact, Pipeline, run_pipeline
+from qgraph.pipelines import pipeline as named_pipeline
+from qgraph.progress import progress_bar
+from qgraph.report.build import build_report
+
+
+def compile(  # noqa: A001
+    model: nn.Module | torch.export.ExportedProgram,
+    calib_loader: Iterable[Any],
+    pipeline: str | Pipeline = "int8",
+    *,
+    example_inputs: Any = None,
+    transform: Callable[[Any], Any] | None = None,
+    dynamic_shapes: Any = None,
+    ignore: Pattern | Iterable[Pattern] = (),
+    loss: Any = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    verify: bool | Literal["full"] = True,
+    progress: Progress | bool | None = None,
+    row_masks: Callable[..., Any] | None = None,
+    cache_dir: str | Path | None = None,
+    max_memory: int | None = None,
+) -> QuantizedModel:
+    """Quantize a trained model without retraining it.
+
+    Args:
+        model: in eval mode; never changed. An ExportedProgram or a traced graph will do as well.
+        calib_loader: any iterable of tensors, tuples, mappings or (inputs, label) pairs; some
+            32 to 512 samples. Read once.
+        pipeline: a name such as ``"int8"`` or ``"w4a8"`` (see `qgraph.pipelines`), or a Pipeline.
+        example_inputs: inputs to trace with; default: the first batch.
+        transform: maps a batch of the loader to the model's inputs, where that is not plain.
+        dynamic_shapes: as for torch.export; default: a dynamic batch.
+        ignore: what stays in float: globs on module paths, node or parameter names, op kinds, or
+            a predicate on nodes.
+        loss: objective for the passes that take one.
+        device: where to calibrate; default: where the model is.
+        seed: of every random choice; the same seed gives the same bytes.
+        verify: check the graph after each pass; ``"full"`` also compares the backends at the end.
+        progress: True for a bar, a callable (what, done, total), or False; default: a bar on a
+            terminal.
+        row_masks: (args, kwargs) -> bool [B, T] of the tokens that count in statistics.
+        cache_dir: where long work keeps its state, to resume a killed run.
+        max_memory: bytes that cached activations may take before they go to disk.
+
+    Raises:
+        CaptureError: the model cannot be traced.
+        CalibrationError: the loader, or a value in the network, is unusable.
+        ConfigError: an unknown pipeline, a pattern that matches nothing, bits out of range.
+        VerificationError: a pass broke its promise.
+
+    Example:
+        >>> quantized = qgraph.compile(model, calib_loader, pipeline="int8")  # doctest: +SKIP
+        >>> quantized(images)                                                 # doctest: +SKIP
+    """
+    chosen = named_pipeline(pipeline) if isinstance(pipeline, str) else pipeline
+    chosen.check({Fact.TRACED})
+    if verify not in {True, False, "full"}:
+        msg = f"verify is {verify!r}; allowed: True, False, 'full'"
+        raise ConfigError(msg)
+
+    batch, loader = first_batch(calib_loader)
+    args, kwargs = example_of(model, batch if example_inputs is None else example_inputs, transform)
+    module = trace(model, *args, dynamic_shapes=dynamic_shapes, **kwargs)
+    if device is not None:
+        module.to(device)
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), progress_bar(progress) as report:
+        torch.manual_seed(seed)
+        context = _context(module, loader, transform, (args, kwargs))
+        context.ignore, context.loss, context.seed = Ignore.of(ignore), loss, seed
+        context.verify, context.progress, context.row_masks = verify, report, row_masks
+        context.cache_dir = None if cache_dir is None else Path(cache_dir)
+        context.max_memory = max_memory
+        steps = run_pipeline(chosen, module, context)
+        summary = build_report(chosen, module, context, steps)
+
+    quantized = QuantizedModel(module, summary, context.sample)
+    if verify == "full":
+        quantized.verify().check()
+    return quantized
+
+
+def _context(
+    module: GraphModule, loader: Iterable[Any], transform: Any, example: tuple[Any, Any]
+) -> Context:
+    dynamic = trace_info(module).dynamic_batch
+    return Context(
+        sample=small_sample(module, *example, dynamic=dynamic),
+        batches=loader,
+        adapt=adapter(module, transform),
+        facts=frozenset({Fact.TRACED}),
+    )

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The named pipelines, as data: a family, a width, and the list of passes that makes it."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections.abc import Callable
+
+from qgraph import passes
+from qgraph.errors import ConfigError, unknown_name
+from qgraph.formats import check_bits
+from qgraph.pipeline import Pass, Pipeline
+
+_NAME = re.compile(r"(?:(?P<family>[a-z]+)_)?(?:int(?P<both>\d+)|w(?P<w>\d+)a(?P<a>\d+))")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Family:
+    """A family of pipelines.
+
+    Attributes:
+        name: prefix in pipeline names; the empty one is the default.
+        purpose: one line for listings.
+        build: (weight bits, activation bits) -> passes.
+    """
+
+    name: str
+    purpose: str
+    build: Callable[[int, int], tuple[Pass, ...]]
+
+
+def front() -> tuple[Pass, ...]:
+    """Canonicalisation, the same in every pipeline."""
+    return (passes.DropNoops(), passes.FoldBatchNorm(), passes.OpenAttention())
+
+
+def back() -> tuple[Pass, ...]:
+    """Writing decisions into the graph, the same in every pipeline."""
+    return (
+        passes.InsertQuantizers(),
+        passes.HoistQuantizers(),
+        passes.QuantizeBiases(),
+        passes.PackWeights(),
+    )
+
+
+def _int(weight_bits: int, activation_bits: int) -> tuple[Pass, ...]:
+    return (
+        *front(),
+        passes.PlanSites(weight_bits=weight_bits, activation_bits=activation_bits),
+        passes.Calibrate(),
+        passes.ChooseRanges(),
+        passes.ChooseWeightScales(),
+        *back(),
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (Family("", "any model: affine formats, ranges by what the outputs see", _int),)
+}
+
+
+def pipelines() -> dict[str, str]:
+    """Names of ready pipelines with one line each.
+
+    Widths are free: ``int<b>``, ``w<b>a<b>``, each with a family prefix such as ``ris_``.
+
+    >>> "int8" in pipelines()
+    True
+    """
+    listed = {}
+    for family in FAMILIES.values():
+        prefix = f"{family.name}_" if family.name else ""
+        for width in ("int8", "int6", "w4a8", "int4"):
+            listed[f"{prefix}{width}"] = family.purpose
+    return listed
+
+
+def pipeline(name: str, **options: object) -> Pipeline:
+    """A pipeline by name, its options set.
+
+    Args:
+        name: ``int8``, ``w4a8``, ``ris_int4``, ...
+        **options: fields of its passes, such as ``scope="linear"``; an option that several
+            passes have is set in all of them.
+
+    Raises:
+        ConfigError: unknown name or option (nearest valid ones are named), or bits outside 2..16.
+
+    >>> print(pipeline("int8", scope="linear")["plan-sites"])
+    plan-sites(scope='linear')
+    """
+    match = _NAME.fullmatch(name)
+    family = FAMILIES.get(match["family"] or "") if match else None
+    if match is None or family is None:
+        raise unknown_name("pipeline", name, pipelines())
+    weight_bits = check_bits(int(match["both"] or match["w"]))
+    activation_bits = check_bits(int(match["both"] or match["a"]))
+    built = Pipeline(name, family.build(weight_bits, activation_bits))
+    return with_options(built, options)
+
+
+def with_options(built: Pipeline, options: dict[str, object]) -> Pipeline:
+    """Set fields of the pipeline's passes by name."""
+    known = {f.name for item in built for f in dataclasses.fields(item)}
+    for option in options:
+        if option not in known:
+            raise unknown_name("pipeline option", option, known)
+    edited = []
+    for item in built:
+        names = {f.name for f in dataclasses.fields(item)} & options.keys()
+        edited.append(dataclasses.replace(item, **{n: options[n] for n in names}))  # type: ignore[arg-type]
+    return dataclasses.replace(built, passes=tuple(edited), options=dict(options))
+
+
+def parse(text: str) -> Pipeline:
+    """Read back what ``str(pipeline)`` printed.
+
+    Raises:
+        ConfigError: on text that is not a pipeline, or an unknown pass or option.
+    """
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    if not lines or not lines[0].endswith(":"):
+        msg = f"a pipeline's text starts with its name and a colon, got {text[:40]!r}"
+        raise ConfigError(msg)
+    return Pipeline(lines[0][:-1], tuple(parse_pass(line) for line in lines[1:]))
+
+
+def parse_pass(line: str) -> Pass:
+    """Read one pass, such as ``plan-sites(weight_bits=4)``."""
+    known = {cls.name: cls for cls in passes.ALL}
+    name, _, rest = line.partition("(")
+    if name not in known:
+        raise unknown_name("pass", name, known)
+    fields = {f.name for f in dataclasses.fields(known[name])}
+    try:
+        call = ast.parse(f"f({rest}" if rest else "f()", mode="eval").body
+        assert isinstance(call, ast.Call)
+        given = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError, AssertionError) as error:
+        msg = f"cannot read the options of {line!r}: {error}"
+        raise ConfigError(msg) from error
+    for option in given:
+        if option not in fields:
+            raise unknown_name(f"option of {name}", option, fields)
+    return known[name](**given)

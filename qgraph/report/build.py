@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put the report of a compilation together."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule
+
+from qgraph.context import Context
+from qgraph.graph.trace import trace_info
+from qgraph.pipeline import Pipeline, Step
+from qgraph.report.layers import consumers, layer_records, measure
+from qgraph.report.report import Report
+
+
+def build_report(
+    pipeline: Pipeline, module: GraphModule, context: Context, steps: list[Step]
+) -> Report:
+    """The report; layer errors are measured on the verification sample."""
+    errors: dict[str, float] = {}
+    if context.reference is not None and context.verify is not False:
+        errors = measure(context.reference, module, context.sample, consumers(context.plan))
+    info = trace_info(module)
+    notes = [] if info.dynamic_batch else [f"static shapes: {info.reason}"]
+    return Report(
+        pipeline=str(pipeline),
+        layers=tuple(layer_records(context.plan, errors)),
+        decisions=tuple(context.decisions),
+        steps=tuple(steps),
+        notes=tuple(notes),
+    )

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer by layer: what was decided, and how far each value strays from the float model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from qgraph.graph.plan import Plan
+from qgraph.graph.provenance import module_path, source_line
+from qgraph.graph.verify import Sample, record_values
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRecord:
+    """One quantized operand, or one op of the graph.
+
+    Attributes:
+        node, path, line: where (node name, module path, source line).
+        op: kind of the consumer.
+        role: activation or weight.
+        bits: of one code.
+        format: the encoding in words.
+        decided_by, reason: which pass chose it, and why.
+        sqnr: dB of the consumer's output against the float model on the sample; nan if unknown.
+    """
+
+    node: str
+    path: str
+    line: str
+    op: str
+    role: str
+    bits: int
+    format: str
+    decided_by: str
+    reason: str
+    sqnr: float
+
+    def to_dict(self) -> dict[str, object]:
+        """As plain data; nan becomes None."""
+        data = asdict(self)
+        data["sqnr"] = None if math.isnan(self.sqnr) else self.sqnr
+        return data
+
+
+def sqnr(reference: Tensor, other: Tensor) -> float:
+    """Signal to quantization noise in dB: ``10 log10(sum ref^2 / sum (ref - other)^2)``."""
+    ref, got = reference.to(torch.float64), other.to(torch.float64)
+    noise, signal = float(((ref - got) ** 2).sum()), float((ref**2).sum())
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def measure(
+    reference: GraphModule, quantized: GraphModule, sample: Sample, names: set[str]
+) -> dict[str, float]:
+    """SQNR of the nodes of these names that both graphs have, on one sample."""
+    before = record_values(reference, sample, names)
+    after = record_values(quantized, sample, names)
+    return {
+        name: sqnr(value, after[name])
+        for name, value in before.items()
+        if name in after and value.is_floating_point() and value.shape == after[name].shape
+    }
+
+
+def layer_records(plan: Plan, errors: dict[str, float]) -> list[LayerRecord]:
+    """Records of all sites of the plan, in its order."""
+    return [
+        LayerRecord(
+            node=site.edge.consumer.name,
+            path=module_path(site.edge.consumer),
+            line=source_line(site.edge.consumer),
+            op=site.kind.value,
+            role=site.role.value,
+            bits=site.encoding.bits,
+            format=site.encoding.describe(),
+            decided_by=site.decided_by,
+            reason=site.reason,
+            sqnr=errors.get(site.edge.consumer.name, math.nan),
+        )
+        for site in plan
+        if site.encoding is not None
+    ]
+
+
+def consumers(plan: Plan) -> set[str]:
+    """Names of the nodes whose operands are quantized."""
+    return {site.edge.consumer.name for site in plan if isinstance(site.edge.consumer, Node)}
