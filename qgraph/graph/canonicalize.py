@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from qgraph.graph.build import prune
 from qgraph.graph.decompose_attention import decompose_attention
-from qgraph.graph.drop_noops import drop_dead_code, drop_noops
+from qgraph.graph.drop_noops import drop_asserts, drop_noops
 from qgraph.graph.einsum import decompose_einsum
 from qgraph.graph.fold_batch_norm import fold_batch_norm, fold_channel_affine
 from qgraph.graph.fold_constants import fold_constants
@@ -28,7 +28,7 @@ Rewrite = Callable[[GraphModule], bool]
 
 # Constants are folded before attention, so that it can look into masks, and again after it.
 REWRITES: tuple[Rewrite, ...] = (
-    drop_dead_code,
+    drop_asserts,
     rename_ops,
     recompose_norms,
     specialise_convolutions,

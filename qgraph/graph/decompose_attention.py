@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from qgraph.graph.build import attribute, insert_call
+from qgraph.graph.drop_noops import drop_dead_code
 from qgraph.graph.ops import argument
 from qgraph.graph.sizes import shape_of, size_of
 
@@ -73,6 +74,8 @@ def decompose_attention(module: GraphModule) -> bool:
         node.replace_all_uses_with(result)
         module.graph.erase_node(node)
         changed = True
+    if changed:
+        drop_dead_code(module)  # masks that turned out to hide nothing
     return changed
 
 

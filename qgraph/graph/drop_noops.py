@@ -42,13 +42,19 @@ _STRIDE_SENSITIVE = frozenset({
 })  # fmt: skip
 
 
+def drop_asserts(module: GraphModule) -> bool:
+    """Drop runtime asserts, and what only they needed."""
+    asserts = [node for node in module.graph.nodes if node.target in _ASSERTS and not node.users]
+    for node in asserts:
+        module.graph.erase_node(node)
+    return drop_dead_code(module) or bool(asserts)
+
+
 def drop_dead_code(module: GraphModule) -> bool:
-    """Drop runtime asserts and every pure call whose result nothing reads."""
+    """Drop every pure call whose result nothing reads."""
     changed = False
     for node in reversed(list(module.graph.nodes)):
-        if node.op != "call_function" or node.users:
-            continue
-        if node.target in _ASSERTS or not node.is_impure():
+        if node.op == "call_function" and not node.users and not node.is_impure():
             module.graph.erase_node(node)
             changed = True
     return changed
