@@ -39,9 +39,29 @@ def set_value(module: GraphModule, node: Node) -> None:
     if node.op == "get_attr":
         value_of(node)
         return
-    args, kwargs = map_arg(node.args, value_of), map_arg(node.kwargs, value_of)
+    args: Any = map_arg(node.args, value_of)
+    kwargs: Any = map_arg(node.kwargs, value_of)
+    shape = _matmul_shape(*args) if node.target is torch.ops.aten.matmul.default else None
     with mode:
-        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+        if shape is not None:
+            node.meta["val"] = args[0].new_empty(shape)
+        else:
+            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _matmul_shape(left: Tensor, right: Tensor) -> tuple[Any, ...] | None:
+    """Shape of a batched product without broadcasting; None where it takes more than a look.
+
+    Fake matmul runs as expand, reshape, bmm and view: five symbolic ops instead of one.
+    """
+    if min(left.ndim, right.ndim) < 3 or left.dtype != right.dtype:
+        return None
+    a, b = left.shape[:-2], right.shape[:-2]
+    longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
+    shared = longer[len(longer) - len(shorter) :]
+    if any(str(x) != str(y) for x, y in zip(shared, shorter, strict=True)):
+        return None
+    return (*longer, left.shape[-2], right.shape[-1])
 
 
 def attribute(module: GraphModule, target: str) -> Tensor:
@@ -121,6 +141,8 @@ def prune(module: GraphModule) -> bool:
         if node.op == "get_attr" and not node.users:
             module.graph.erase_node(node)
             changed = True
+    if changed:
+        module.recompile()
     read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
     for name in [*dict(module.named_parameters()), *dict(module.named_buffers())]:
         if name not in read:

@@ -59,7 +59,8 @@ def _eager_modules(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Modul
         called = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
         children = [(name, module.get_submodule(name)) for name in sorted(called)]
     else:
-        yield path, module
+        if not type(module).__module__.startswith("torch.export"):  # input guards, not layers
+            yield path, module
         children = list(module.named_children())
     for name, child in children:
         yield from _eager_modules(f"{path}.{name}" if path else name, child)

@@ -131,7 +131,7 @@ def _contract(module: GraphModule, like: Node, pair: tuple[_Term, _Term], kept: 
         factors = [_arrange(module, like, term, order) for term in pair]
         return _Term(insert_call(module, aten.mul.Tensor, *factors, like=like, before=like), order)
     left, right = (_merge(module, like, term, summed) for term in pair)
-    outer, row, column = batch + rows[:-1] + columns[:-1], rows[-1:], columns[-1:]
+    outer, row, column = rows[:-1] + columns[:-1] + batch, rows[-1:], columns[-1:]
     # "<" and ">" stand for the row or column that a vector does not have
     a = _arrange(module, like, left, outer + (row or "<") + summed[0], inner=2)
     b = _arrange(module, like, right, outer + summed[0] + (column or ">"), inner=2)

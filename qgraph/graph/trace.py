@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from qgraph.errors import CaptureError
@@ -87,6 +89,7 @@ def _from_module(
 ) -> GraphModule:
     check_sample(model, args, kwargs)
     private = _private_copy(model)
+    _spell_out_keywords(private, args, kwargs)
     original, inputs, outputs = float_dtype(model), (args, kwargs), None
     casts = needs_cast(model)
     if casts:
@@ -126,6 +129,28 @@ def _private_copy(model: nn.Module) -> nn.Module:
     return private
 
 
+def _spell_out_keywords(private: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Name the keywords that a ``**kwargs`` takes: torch.export cannot make those dynamic."""
+    forward = private.forward
+    signature = inspect.signature(forward)
+    open_ended = [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+    if not open_ended or open_ended[0].name not in signature.bind(*args, **kwargs).arguments:
+        return
+    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    taken = {p.name for p in named}
+    named += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
+        for name in kwargs
+        if name not in taken
+    ]
+
+    def spelled_out(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    spelled_out.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+    private.forward = spelled_out
+
+
 def _register_dataclasses(_module: nn.Module, _inputs: Any, output: Any) -> None:
     """Let torch take dataclass outputs apart; a hook of the private copy, run by export."""
     pending = [output]
@@ -153,6 +178,8 @@ def _export(
     try:
         program = _run_export(model, sample)
     except CaptureError as error:
+        if isinstance(error.__cause__, GuardOnDataDependentSymNode):
+            raise  # static sizes would not help
         reason = str(error)
     else:
         fixed = specialised(program, sample)
@@ -222,7 +249,7 @@ def _finish(module: GraphModule, reason: str, original: torch.dtype) -> GraphMod
             )
     module.graph.lint()
     module.recompile()
-    names = tuple(node.name for node in module.graph.nodes if node.op == "placeholder")
+    names = tuple(str(node.target) for node in module.graph.nodes if node.op == "placeholder")
     set_trace_info(module, TraceInfo(not reason, reason, names, original))
     if reason:
         LOGGER.warning("traced with static shapes: %s", reason)

@@ -20,7 +20,7 @@ class TraceInfo:
     Attributes:
         dynamic_batch: whether the graph accepts other batch sizes than the sample's.
         reason: why the batch is static, '' where it is dynamic.
-        input_names: names of the graph's placeholders, in order.
+        input_names: names of the traced module's inputs (targets of its placeholders), in order.
         original_dtype: float dtype of the caller's model; the graph computes in float32, takes
             inputs of this dtype and gives outputs of it.
     """
