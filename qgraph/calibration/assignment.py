@@ -13,24 +13,13 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 
 from qgraph.errors import BudgetInfeasibleError, ConfigError
+from qgraph.graph.encoder_decoder import Side
 
 logger = logging.getLogger(__name__)
 
 Bits = tuple[int, int]
-
-
-class Side(StrEnum):
-    """Where a group lies in an encoder-decoder network."""
-
-    STEM = "stem"
-    ENCODER = "encoder"
-    BOTTLENECK = "bottleneck"
-    DECODER = "decoder"
-    HEAD = "head"
-    FLAT = "flat"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qgraph.calibration.assignment import Assignment, Bits, Group, Problem, Side, infeasible
+from qgraph.calibration.assignment import Assignment, Bits, Group, Problem, infeasible
 from qgraph.errors import ConfigError
+from qgraph.graph.encoder_decoder import Side
 
 MAX_PAIRS = 200_000_000
 _CHUNK = 1_000_000
+_OUTSIDE = frozenset({Side.STEM, Side.HEAD, Side.GATE})
 Array = NDArray[np.float64]
 
 
@@ -57,8 +59,8 @@ class _Best:
 
 
 def is_on_ladder(group: Group) -> bool:
-    """Whether the ladders rule a group; stem, heads and unplaced groups keep their widest bits."""
-    return group.level is not None and group.side not in {Side.STEM, Side.HEAD}
+    """Whether the ladders rule a group; stem, heads, gates and unplaced groups keep most bits."""
+    return group.level is not None and group.side not in _OUTSIDE
 
 
 def solve_uniform(problem: Problem) -> Assignment:

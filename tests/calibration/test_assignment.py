@@ -16,7 +16,6 @@ from qgraph.calibration.assignment import (
     Candidate,
     Group,
     Problem,
-    Side,
     grid,
     repair_monotone,
 )
@@ -25,6 +24,7 @@ from qgraph.calibration.knapsack import solve_exact
 from qgraph.calibration.ladders import solve_spmix, solve_uniform
 from qgraph.calibration.pareto import MODES, pareto_front, solve
 from qgraph.errors import BudgetInfeasibleError, ConfigError
+from qgraph.graph.encoder_decoder import Side
 
 LADDER = (2, 3, 4, 8)
 laws = settings(max_examples=30, deadline=None)
@@ -237,12 +237,12 @@ def test_spmix_equals_the_enumerated_family_and_never_beats_free(problem, size, 
 def test_spmix_is_symmetric_and_does_not_increase_with_depth(problem, share):
     problem = with_share(problem, size=0.3 + 0.7 * share)
     answer = solve_spmix(problem, activation_at_least_weight=True)
-    levels: dict[int | None, set[tuple[int, int]]] = {}
+    levels: dict[int, set[tuple[int, int]]] = {}
     for group in problem.groups:
         if group.side in {Side.STEM, Side.HEAD}:
             assert answer.bits[group.name] == (8, 8)
             continue
-        levels.setdefault(group.level, set()).add(answer.bits[group.name])
+        levels.setdefault(group.level or 0, set()).add(answer.bits[group.name])
     assert all(len(bits) == 1 for bits in levels.values())
     ladder = [next(iter(levels[level])) for level in sorted(levels)]
     assert all(a >= w for w, a in ladder)
