@@ -8,6 +8,7 @@ from qgraph.passes.drop_noops import DropNoops
 from qgraph.passes.fold_batch_norm import FoldBatchNorm
 from qgraph.passes.hoist_quantizers import HoistQuantizers
 from qgraph.passes.insert_quantizers import InsertQuantizers
+from qgraph.passes.normalize_ops import NormalizeOps
 from qgraph.passes.open_attention import OpenAttention
 from qgraph.passes.pack_weights import PackWeights
 from qgraph.passes.plan_sites import PlanSites
@@ -16,6 +17,7 @@ from qgraph.pipeline import Pass
 
 ALL: tuple[type[Pass], ...] = (
     DropNoops,
+    NormalizeOps,
     FoldBatchNorm,
     OpenAttention,
     PlanSites,
@@ -37,6 +39,7 @@ __all__ = [
     "FoldBatchNorm",
     "HoistQuantizers",
     "InsertQuantizers",
+    "NormalizeOps",
     "OpenAttention",
     "PackWeights",
     "PlanSites",

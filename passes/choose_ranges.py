@@ -105,7 +105,11 @@ def output_weight(module: GraphModule, sites: list[Site]) -> Tensor | None:
         if what is None or site.kind not in {OpKind.LINEAR, OpKind.CONV}:
             continue
         weight = site.edge.consumer.args[what.weight]
-        if not isinstance(weight, Node) or weight.op != "get_attr" or site.edge.path != (what.data,):
+        if (
+            not isinstance(weight, Node)
+            or weight.op != "get_attr"
+            or site.edge.path != (what.data,)
+        ):
             continue
         if site.kind is OpKind.CONV and argument(site.edge.consumer, 6) != 1:
             continue

@@ -73,7 +73,9 @@ class HoistQuantizers(Pass):
         if twin is None:
             twin = insert_call(module, QUANTIZE, value, *node.args[1:], like=node, before=move)
             _pull_up(node, twin)
-        moved = insert_call(module, move.target, twin, *move.args[1:], like=move, before=node, **move.kwargs)  # type: ignore[arg-type]
+        moved = insert_call(
+            module, move.target, twin, *move.args[1:], like=move, before=node, **move.kwargs
+        )  # type: ignore[arg-type]
         node.replace_all_uses_with(moved)
         module.graph.erase_node(node)
         return twin

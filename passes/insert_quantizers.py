@@ -85,6 +85,8 @@ def parameter_nodes(
 
 def _after(value: Node) -> Node:
     following = value.next
-    while following.op in {"placeholder"} or (value.op == "placeholder" and following.op == "get_attr"):
+    while following.op in {"placeholder"} or (
+        value.op == "placeholder" and following.op == "get_attr"
+    ):
         following = following.next
     return following

@@ -90,7 +90,9 @@ class PlanSites(Pass):
         activation_bits = max(self.activation_bits, floor)
         item, what = kind(node), product(node)
         if item is OpKind.EMBEDDING:
-            return [_weight(node, 0, item, max(weight_bits, 8), axis=-1)] if _stored(node, 0) else []
+            return (
+                [_weight(node, 0, item, max(weight_bits, 8), axis=-1)] if _stored(node, 0) else []
+            )
         if what is None:
             return self._add_sites(node, fixed, item)
         sites = [_activation(node, what.data, item, activation_bits, what.data_axis)]
@@ -107,12 +109,16 @@ class PlanSites(Pass):
         if len(operands) != 2 or any(o in fixed or not is_float(o) for o in operands):
             return []
         first, second = (o.meta["val"].shape for o in operands)
-        if len(first) < 2 or len(first) != len(second) or any(
-            a != b for a, b in zip(first, second, strict=True)
+        if (
+            len(first) < 2
+            or len(first) != len(second)
+            or any(a != b for a, b in zip(first, second, strict=True))
         ):
             return []
         bits = max(self.activation_bits, 8)
-        return [Site(edge=Edge(node, (p,)), role=Role.ACTIVATION, kind=item, bits=bits) for p in (0, 1)]
+        return [
+            Site(edge=Edge(node, (p,)), role=Role.ACTIVATION, kind=item, bits=bits) for p in (0, 1)
+        ]
 
 
 def _activation(node: Node, position: int, item: OpKind, bits: int, axis: int) -> Site:
@@ -138,5 +144,7 @@ def end_products(nodes: list[Node]) -> set[Node]:
     behind: dict[Node, bool] = {}
     for node in reversed(nodes):
         behind[node] = any(behind[u] or product(u) is not None for u in node.users)
-    heavy = [n for n in nodes if product(n) is not None and isinstance(n.meta.get("val"), torch.Tensor)]
+    heavy = [
+        n for n in nodes if product(n) is not None and isinstance(n.meta.get("val"), torch.Tensor)
+    ]
     return {n for n in heavy if not before[n] or not behind[n]}

@@ -48,9 +48,7 @@ class QuantizeBiases(Pass):
                 changed |= self._quantize(module, context, node, what.bias)
         return changed
 
-    def _quantize(
-        self, module: GraphModule, context: Context, node: Node, position: int
-    ) -> bool:
+    def _quantize(self, module: GraphModule, context: Context, node: Node, position: int) -> bool:
         scale = accumulator_scale(module, node)
         if scale is None:
             return False

@@ -33,7 +33,12 @@ class Family:
 
 def front() -> tuple[Pass, ...]:
     """Canonicalisation, the same in every pipeline."""
-    return (passes.DropNoops(), passes.FoldBatchNorm(), passes.OpenAttention())
+    return (
+        passes.DropNoops(),
+        passes.NormalizeOps(),
+        passes.OpenAttention(),
+        passes.FoldBatchNorm(),
+    )
 
 
 def back() -> tuple[Pass, ...]:
