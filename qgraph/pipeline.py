@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, ClassVar, cast
 from torch.fx import GraphModule
 
 from qgraph.errors import ConfigError, PassError, QGraphError, unknown_name
+from qgraph.graph.metadata import CREATED_BY
+from qgraph.graph.verify import Claim, Verifier
 
 if TYPE_CHECKING:
     from qgraph.context import Context
@@ -82,6 +84,11 @@ class Pass(ABC):
     @abstractmethod
     def run(self, module: GraphModule, context: Context) -> bool:
         """Transform `module` in place (it is a private copy); return whether it changed."""
+
+    def claim(self) -> Claim:
+        """The promise in the form that the verifier checks."""
+        limits = {Promise.IDENTICAL: 0.0, Promise.EQUIVALENT: self.tolerance}
+        return Claim(self.name, self.promise.value, limits.get(self.promise))
 
     def __str__(self) -> str:
         given = [
@@ -211,8 +218,6 @@ def run_pipeline(pipeline: Pipeline, module: GraphModule, context: Context) -> l
         PassError: a pass failed, left a malformed graph, or lied about a change.
         VerificationError: a promise does not hold, naming the first node that differs.
     """
-    from qgraph.graph.verify import Verifier
-
     pipeline.check(context.facts)
     context.pipeline = pipeline
     verifier = Verifier(module, context.sample, enabled=context.verify is not False)
@@ -222,7 +227,7 @@ def run_pipeline(pipeline: Pipeline, module: GraphModule, context: Context) -> l
         start = time.perf_counter()
         changed = _run_one(item, module, context)
         seconds = time.perf_counter() - start
-        max_abs = verifier.after(item, module, changed)
+        max_abs = verifier.after(item.claim(), module, changed=changed)
         context.facts = (context.facts - item.invalidates) | item.establishes
         steps.append(Step(item.name, changed, seconds, max_abs, len(module.graph.nodes)))
         LOGGER.debug("%s: changed=%s in %.2f s", item.name, changed, seconds)
@@ -251,8 +256,6 @@ def _run_one(item: Pass, module: GraphModule, context: Context) -> bool:
 
 
 def _stamp(item: Pass, module: GraphModule, before: set[object]) -> None:
-    from qgraph.graph.metadata import CREATED_BY
-
     for node in module.graph.nodes:
         if node not in before and CREATED_BY.get(node) is None:
             CREATED_BY.set(node, item.name)

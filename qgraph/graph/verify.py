@@ -9,7 +9,7 @@ outputs on a sample before and after; where they differ, the first node that doe
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +21,20 @@ from qgraph.graph.build import prune, shallow_copy
 from qgraph.graph.dialect import encoding_of, is_dequantize, is_quantize
 from qgraph.graph.provenance import module_path, source_line
 
-if TYPE_CHECKING:
-    from qgraph.pipeline import Pass
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What the pass that just ran says of itself.
+
+    Attributes:
+        name: of the pass.
+        promise: in words, for messages.
+        allowed: largest relative output difference it may cause; None if outputs may change.
+    """
+
+    name: str
+    promise: str
+    allowed: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +109,7 @@ class Verifier:
         if enabled:
             self._remember(module, self._run(module))
 
-    def after(self, item: Pass, module: GraphModule, changed: bool) -> float | None:
+    def after(self, item: Claim, module: GraphModule, *, changed: bool) -> float | None:
         """Verify; return the largest output difference where outputs were compared.
 
         Raises:
@@ -114,7 +126,7 @@ class Verifier:
             error.pass_name = error.pass_name or item.name
             error.args = (f"{item.name}: {error}",)
             raise
-        self._check_honesty(item, module, changed)
+        self._check_honesty(item, module, changed=changed)
         if not changed:
             return None
         prune(module)
@@ -134,7 +146,7 @@ class Verifier:
             result = module(*self.sample.args, **self.sample.kwargs)
         return [leaf.clone() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
 
-    def _check_honesty(self, item: Pass, module: GraphModule, changed: bool) -> None:
+    def _check_honesty(self, item: Claim, module: GraphModule, *, changed: bool) -> None:
         now = tensors(module)
         for name, (tensor, was) in self._tensors.items():
             if checksum(tensor) != was:
@@ -151,14 +163,12 @@ class Verifier:
             raise PassError(msg, pass_name=item.name)
 
     def _check_promise(
-        self, item: Pass, module: GraphModule, outputs: list[Tensor]
+        self, item: Claim, module: GraphModule, outputs: list[Tensor]
     ) -> float | None:
-        from qgraph.pipeline import Promise
-
-        if item.promise is Promise.QUANTIZING:
+        allowed = item.allowed
+        if allowed is None:
             self._check_finite(item, outputs)
             return None
-        allowed = 0.0 if item.promise is Promise.IDENTICAL else item.tolerance
         largest = difference(self._outputs, outputs)
         if largest <= allowed:
             return largest
@@ -166,22 +176,20 @@ class Verifier:
         place = "an output" if node is None else where(node)
         around = "" if node is None else f"\n{excerpt(module, node)}"
         msg = (
-            f"{item.name} promises {item.promise.value}, but outputs differ by {largest:.3g} of "
+            f"{item.name} promises {item.promise}, but outputs differ by {largest:.3g} of "
             f"their largest value (allowed {allowed:.3g}); first at {place}, by {error:.3g}{around}"
         )
         raise VerificationError(
             msg, pass_name=item.name, node=None if node is None else node.name, max_abs=largest
         )
 
-    def _check_finite(self, item: Pass, outputs: list[Tensor]) -> None:
+    def _check_finite(self, item: Claim, outputs: list[Tensor]) -> None:
         for before, after in zip(self._outputs, outputs, strict=True):
             if bool(torch.isfinite(before).all()) and not bool(torch.isfinite(after).all()):
                 msg = f"{item.name} made finite outputs non-finite"
                 raise VerificationError(msg, pass_name=item.name)
 
-    def _first_difference(
-        self, module: GraphModule, allowed: float
-    ) -> tuple[Node | None, float]:
+    def _first_difference(self, module: GraphModule, allowed: float) -> tuple[Node | None, float]:
         """The first node of either graph's common names whose value moved and stayed moved."""
         old = record_values(self._before, self.sample)
         new = record_values(module, self.sample)
