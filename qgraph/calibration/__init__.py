@@ -21,14 +21,17 @@ from __future__ import annotations
 
 from qgraph.calibration.affine import affine_parameters
 from qgraph.calibration.channel_histogram import ChannelHistogram
+from qgraph.calibration.distributed import all_reduce
 from qgraph.calibration.extrema import ChannelRange, Range
 from qgraph.calibration.fused import FusedStatistics, build_statistics, make_statistic
 from qgraph.calibration.histogram import Bins, Histogram
+from qgraph.calibration.loader import Signature, adapter, first_batch
 from qgraph.calibration.moments import Gram, Moments
 from qgraph.calibration.output_ranges import choose_range_for_output
 from qgraph.calibration.ranges import choose_range
 from qgraph.calibration.reservoir import JointReservoir, Reservoir
 from qgraph.calibration.statistics import Observation, Statistic
+from qgraph.calibration.sweep import collect
 from qgraph.calibration.weight_scales import weight_parameters, weight_scales
 
 __all__ = [
@@ -43,11 +46,16 @@ __all__ = [
     "Observation",
     "Range",
     "Reservoir",
+    "Signature",
     "Statistic",
+    "adapter",
     "affine_parameters",
+    "all_reduce",
     "build_statistics",
     "choose_range",
     "choose_range_for_output",
+    "collect",
+    "first_batch",
     "make_statistic",
     "weight_parameters",
     "weight_scales",

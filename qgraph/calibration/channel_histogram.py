@@ -38,7 +38,7 @@ class ChannelHistogram(Statistic):
     counts: Tensor | None
     exponent: Tensor | None
 
-    def __init__(self, axis: int = -1, half: int = 128, positions: int = 64) -> None:
+    def __init__(self, axis: int = -1, half: int = 128, positions: int = 16) -> None:
         if half < 2 or half & (half - 1):
             msg = f"half={half}; allowed: powers of two from 2"
             raise ConfigError(msg)

@@ -24,14 +24,19 @@ class _Extremes(Statistic):
         self.low = self.high = self.count = self.nonfinite = None
 
     def _add(self, new: Extrema) -> None:
-        low, high = new.low, new.high
-        counts = torch.zeros(2, dtype=torch.int64, device=low.device)
-        if self.low is not None and self.high is not None:
-            low, high = torch.minimum(self.low, low), torch.maximum(self.high, high)
-        if self.count is not None and self.nonfinite is not None:
-            counts = torch.stack([self.count, self.nonfinite])
-        self.low, self.high = low, high
-        self.count, self.nonfinite = counts[0] + new.seen, counts[1] + new.nonfinite
+        if self.low is None or self.high is None:
+            zero = torch.zeros((), dtype=torch.int64, device=new.low.device)
+            self.low, self.high = new.low, new.high
+            self.count, self.nonfinite = zero + new.seen, zero + new.nonfinite
+            return
+        self.low = torch.minimum(self.low, new.low)
+        self.high = torch.maximum(self.high, new.high)
+        if self.count is not None:
+            self.count = self.count + new.seen
+        if self.nonfinite is not None and not (
+            isinstance(new.nonfinite, int) and not new.nonfinite
+        ):
+            self.nonfinite = self.nonfinite + new.nonfinite
 
     def _combine(self, other: Self) -> None:
         fields = other.fields()

@@ -23,7 +23,7 @@ from qgraph.errors import CalibrationError, ConfigError
 EMPTY = (1 << 63) - 1  # priority of an unused slot
 ODD = 0x1E3779B97F4A7C15  # odd multipliers of the splitmix generator, fitted to int64
 ODD_TOO = 0x3F58476D1CE4E5B9
-HASHED = 8  # elements of a row that are hashed by position; all enter through their sum
+HASHED = 8  # about so many elements of a row enter twice: once in the sum of all, once alone
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -36,10 +36,8 @@ def _mix(x: Tensor) -> Tensor:
 def _fingerprint(rows: Tensor) -> Tensor:
     """int64 [B, n] from the bits of fp32 rows [B, n, ...]; integer, so exact in any order."""
     bits = rows.flatten(2).contiguous().view(torch.int32)
-    total = bits.sum(-1, dtype=torch.int64)
-    few = bits[..., :: max(1, bits.shape[-1] // HASHED)][..., :HASHED].long()
-    factor = torch.arange(1, few.shape[-1] + 1, device=rows.device) * 2 + 1
-    return total + (few * (factor * ODD)).sum(-1)
+    few = bits[..., :: max(2, bits.shape[-1] // HASHED)]
+    return bits.sum(-1, dtype=torch.int64) + few.sum(-1, dtype=torch.int64) * ODD
 
 
 def _pad_to(rows: Tensor, shape: Sequence[int]) -> Tensor:
@@ -83,8 +81,9 @@ class _BottomK(Statistic):
         counted = content if keep is None else torch.where(keep, content, 0)
         whole = counted.sum(1, keepdim=True)
         position = torch.arange(content.shape[1], device=content.device)
-        key = _mix(content + self.seed * ODD) ^ _mix(whole * ODD_TOO + position)
-        priority = (_mix(key) & EMPTY).clamp(max=EMPTY - 1)
+        salt = (self.seed * ODD + (1 << 63)) % (1 << 64) - (1 << 63)  # wrapped to int64
+        key = content + (whole + position).mul_(ODD_TOO).add_(salt)
+        priority = (_mix(key) & EMPTY).clamp_(max=EMPTY - 1)
         return priority if keep is None else torch.where(keep, priority, EMPTY)
 
     def _offer(self, payloads: list[Tensor], keep: Tensor | None) -> None:
