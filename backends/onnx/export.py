@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Export: quantized graph, flat graph, torch.onnx.export, finishing passes, checked file."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from torch.export import Dim
+from torch.fx import GraphModule
+
+from qgraph.backends.onnx import finish, ops
+from qgraph.backends.onnx.capabilities import OPSET_DEFAULT, SESSION_CONFIG
+from qgraph.backends.onnx.prepare import Prepared, prepare
+from qgraph.backends.onnx.signature import Signature, dump, read_signature, symbols
+from qgraph.errors import ExportError, unknown_name
+
+LOGGER = logging.getLogger("qgraph")
+CONTAINERS = ("int8", "native")
+# protobuf refuses messages of 2 GiB and more.
+INLINE_LIMIT = 1_900_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class ExportInfo:
+    """What was written.
+
+    Attributes:
+        path: the file.
+        size: bytes of the file and its external data.
+        opset: default-domain opset.
+        container: ``"int8"`` or ``"native"``.
+        inputs, outputs: names in the file's order.
+        codes: quantize node -> name of the value that holds its codes.
+        notes: what a user should know, one line each.
+    """
+
+    path: Path
+    size: int
+    opset: int
+    container: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    codes: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+
+def export(
+    module: GraphModule, path: str | os.PathLike[str], *, container: str = "int8",
+    opset: int | None = None, sample: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+    input_names: Sequence[str] | None = None, output_names: Sequence[str] | None = None,
+    external_data: bool | None = None,
+) -> ExportInfo:  # fmt: skip
+    """Write a quantized graph as ONNX that onnxruntime runs in integer kernels.
+
+    Args:
+        module: a canonical graph with dialect nodes; it is not changed.
+        path: the file to write.
+        container: ``"int8"`` keeps codes of up to 8 bits in INT8; ``"native"`` packs weights of
+            up to 4 bits as INT4 (2 bits as INT2 at opset 25), widened once when the file is loaded.
+        opset: 21 by default; at least 25 for INT2.
+        sample: example arguments; needed only if the graph carries no shapes.
+        input_names: names of the file's inputs; default: the argument names.
+        output_names: names of the file's outputs; default: the keys of the result.
+        external_data: write tensors beside the file; default: only where one file cannot
+            hold them.
+
+    Raises:
+        ExportError: the graph cannot be expressed, or the file does not pass the checker.
+        ConfigError: an unknown container.
+    """
+    if container not in CONTAINERS:
+        raise unknown_name("container", container, CONTAINERS)
+    opset = OPSET_DEFAULT if opset is None else opset
+    if opset < OPSET_DEFAULT:
+        msg = f"opset is {opset}, need at least {OPSET_DEFAULT} (onnxruntime 1.20)"
+        raise ExportError(msg)
+    signature = read_signature(module, input_names, output_names)
+    prepared = prepare(module, container=container)
+    model = _translate(prepared, signature, sample)
+    _rename_symbols(model, symbols(module))
+    codes = finish.resolve_marks(model)
+    finish.finish(model, native=container == "native", opset=opset)
+    stored = {
+        name: {"value": codes[name], **asdict(prepared.codes[name])}
+        for name in prepared.codes if name in codes
+    }  # fmt: skip
+    model.metadata_props["qgraph"] = dump(
+        signature, container=container, codes=stored, session=SESSION_CONFIG
+    )
+    size = _save(model, Path(path), external_data)
+    return ExportInfo(
+        Path(path), size, opset, container, tuple(i.name for i in signature.inputs),
+        signature.output_names, {n: str(e["value"]) for n, e in stored.items()},
+        tuple(prepared.notes),
+    )  # fmt: skip
+
+
+def _translate(
+    prepared: Prepared, signature: Signature, sample: tuple[tuple[Any, ...], dict[str, Any]] | None
+) -> ir.Model:
+    values = signature.flatten(*sample) if sample is not None else list(_examples(prepared.module))
+    shapes = tuple(_dynamic(prepared.module))
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                prepared.module, tuple(values), dynamo=True, opset_version=OPSET_DEFAULT,
+                verbose=False, optimize=False, dynamic_shapes=shapes,
+                input_names=[i.name for i in signature.inputs],
+                output_names=list(signature.output_names),
+                custom_translation_table=ops.translations(),
+            )  # fmt: skip
+    except torch.onnx.errors.OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        msg = f"torch.onnx.export cannot translate the graph: {cause}"
+        raise ExportError(msg) from error
+    assert program is not None
+    return program.model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter logs and warns about its own internals."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _examples(module: GraphModule) -> Iterator[Tensor]:
+    """Zeros of the traced shapes; a symbolic size keeps its hint, but is never 0 or 1."""
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            value = node.meta["val"]
+            yield torch.zeros([_hint(s) for s in value.shape], dtype=value.dtype)
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return max(int(hint) if hint is not None else 2, 2)
+
+
+def _dynamic(module: GraphModule) -> Iterator[dict[int, Any]]:
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            shape = node.meta["val"].shape
+            yield {i: Dim.AUTO for i, s in enumerate(shape) if not isinstance(s, int)}
+
+
+def _rename_symbols(model: ir.Model, labels: dict[str, str]) -> None:
+    """Give symbolic sizes readable names; the exporter traces anew and numbers them its own way."""
+    fresh: dict[str, str] = {}
+    for value in model.graph.inputs:
+        for axis, size in enumerate(value.shape or ()):
+            if isinstance(size, ir.SymbolicDim) and str(size) not in fresh:
+                wanted = list(labels.values())
+                free = [w for w in wanted if w not in fresh.values()]
+                name = (
+                    "batch" if axis == 0 and "batch" in free else (free[-1] if free else str(size))
+                )
+                fresh[str(size)] = name
+    finish.rename_dims(model, fresh)
+
+
+def _save(model: ir.Model, path: Path, external_data: bool | None) -> int:
+    """Write, check with the strict checker and shape inference, move into place."""
+    data = path.name + ".data"
+    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
+    outside = weights > INLINE_LIMIT if external_data is None else external_data
+    with tempfile.TemporaryDirectory(dir=path.resolve().parent) as folder:
+        draft = Path(folder) / path.name
+        ir.save(model, draft, external_data=data if outside else None)
+        try:
+            onnx.checker.check_model(str(draft), full_check=not outside)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            msg = f"the exported file does not pass onnx.checker: {error}"
+            raise ExportError(msg) from error
+        size = draft.stat().st_size
+        if (Path(folder) / data).exists():
+            size += (Path(folder) / data).stat().st_size
+            (Path(folder) / data).replace(path.parent / data)
+        draft.replace(path)
+    return size
