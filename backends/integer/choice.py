@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fastest exact kernel of a product, chosen from its static bound.
+
+uint8 codes x int8 weights     oneDNN int8 kernel; float32(acc) where bias fits 2^24
+                               torch._int_mm in int32 where it does not
+everything else                float32 below 2^24, float64 below 2^53: both exact
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from qgraph.backends.bounds import FLOAT32_EXACT, INT32_LIMIT
+from qgraph.backends.integer.kernels import (
+    CONV_U8,
+    LINEAR_I32,
+    LINEAR_U8,
+    has_exact_u8_kernels,
+    pack_conv,
+    pack_linear,
+)
+from qgraph.backends.integer.values import Coded
+from qgraph.backends.levels import Levels
+from qgraph.backends.products import ProductForm, contraction_axis_of_weight, shifted_weight
+from qgraph.formats import AffineEncoding
+from qgraph.formats.base import along
+from qgraph.graph.ops import OpKind, argument, kind
+
+if TYPE_CHECKING:
+    from qgraph.backends.integer.emitter import Emitter
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KernelChoice:
+    """An emitted product.
+
+    Attributes:
+        accumulator: float32 integers, bias codes included.
+        kernel: its name for reports.
+        reason: why this one.
+    """
+
+    accumulator: Node
+    kernel: str
+    reason: str
+
+
+def choose(emitter: Emitter, form: ProductForm) -> KernelChoice:
+    """Emit the product with the fastest exact kernel."""
+    if form.weight_levels is not None:
+        weight = form.weight_levels
+        if form.shift is not None:
+            weight = shifted_weight(form.node, weight, form.shift)
+        data = emitter._coded(_operand(form, form.what.data), form.data.encoding)
+        why = _not_u8(form, data, weight)
+        if not why:
+            choice = _u8(emitter, form, data, weight)
+            if choice is not None:
+                return choice
+            why = "no int8 kernel for this op"
+        return _static_float(emitter, form, data, weight, why)
+    return _dynamic_float(emitter, form)
+
+
+def _operand(form: ProductForm, position: int) -> Node:
+    node = form.node.args[position]
+    assert isinstance(node, Node)
+    return node
+
+
+def _not_u8(form: ProductForm, data: Coded, weight: Tensor) -> str:
+    """Why the int8 kernels do not apply, or ''."""
+    if not has_exact_u8_kernels() or form.scale.device.type != "cpu":
+        return "no exact int8 kernels on this machine"
+    if data.storage.dtype is not torch.uint8 or not isinstance(form.data.encoding, AffineEncoding):
+        return f"operand is {form.data.encoding.describe()}"
+    if int(weight.min()) < -128 or int(weight.max()) > 127:
+        return "weight levels exceed int8"
+    if form.bound + 255 * int(weight.abs().sum(dim=0).max()) >= INT32_LIMIT:
+        return "accumulator exceeds int32"
+    return ""
+
+
+def _stored_zero(form: ProductForm, data: Coded) -> Tensor:
+    assert isinstance(form.data.encoding, AffineEncoding)
+    return form.data.encoding.zero_point + data.storage.offset
+
+
+def _u8(emitter: Emitter, form: ProductForm, data: Coded, weight: Tensor) -> KernelChoice | None:
+    match kind(form.node):
+        case OpKind.LINEAR:
+            return _linear(emitter, form, data, weight)
+        case OpKind.MATMUL if weight.ndim == 2:
+            return _linear(emitter, form, data, weight.t())
+        case OpKind.CONV if weight.ndim in {3, 4} and form.data.axis is None:
+            return _conv(emitter, form, data, weight)
+        case _:
+            return None
+
+
+def _linear(emitter: Emitter, form: ProductForm, data: Coded, weight: Tensor) -> KernelChoice:
+    """[..., K] x [N, K]."""
+    name, bias = form.node.name, form.bias_codes
+    zero = _stored_zero(form, data)
+    start = torch.zeros(weight.shape[0], dtype=torch.int64)
+    if bias is not None:
+        start = start + bias
+    if form.bound >= FLOAT32_EXACT and (bias is not None or form.data.axis is not None):
+        # x - z = (x ^ 128) + 128 - z on int8 codes; the constant goes into the bias.
+        correction = ((128 - zero) * weight.to(torch.int64)).sum(1) + start
+        accumulator = emitter.call(
+            LINEAR_I32, data.node,
+            emitter.buffer(f"{name}_weight", weight.t().contiguous().to(torch.int8)),
+            emitter.buffer(f"{name}_bias", correction.to(torch.int32)),
+        )  # fmt: skip
+        wide = emitter.call(aten.to.dtype, accumulator, torch.float32)
+        return KernelChoice(wide, "_int_mm", "sum with bias needs int32")
+    number = int(zero.reshape(-1)[0]) if form.data.axis is None else 0
+    if form.data.axis is not None:
+        start = start - (zero * weight.to(torch.int64)).sum(1)
+    bias_node = emitter.buffer(f"{name}_bias", start.float()) if bool(start.any()) else None
+    accumulator = emitter.call(
+        LINEAR_U8, data.node, emitter.buffer(f"{name}_weight", pack_linear(weight.to(torch.int8))),
+        *_unit_scales(emitter, weight.shape[0]), bias_node, number,
+    )  # fmt: skip
+    return KernelChoice(accumulator, "onednn qlinear u8s8", "8-bit codes")
+
+
+def _unit_scales(emitter: Emitter, channels: int) -> tuple[Node, Node]:
+    key = ("unit", channels)
+    if key not in emitter._memo:
+        emitter._memo[key] = (
+            emitter.buffer(f"ones_{channels}", torch.ones(channels)),
+            emitter.buffer(f"zeros_{channels}", torch.zeros(channels, dtype=torch.int64)),
+        )
+    pair: tuple[Node, Node] = emitter._memo[key]
+    return pair
+
+
+def _pair(value: Any, flat: bool, fill: int) -> list[int]:
+    numbers = [value] if isinstance(value, int) else list(value)
+    if flat:
+        return [fill, numbers[0]]
+    return numbers * 2 if len(numbers) == 1 else numbers
+
+
+def _conv(emitter: Emitter, form: ProductForm, data: Coded, weight: Tensor) -> KernelChoice | None:
+    if form.bound >= FLOAT32_EXACT and form.bias_codes is not None:
+        return None
+    node, flat = form.node, weight.ndim == 3
+    if flat:
+        weight = weight.unsqueeze(2)
+    stride, padding, dilation = (
+        _pair(argument(node, i), flat, fill) for i, fill in ((3, 1), (4, 0), (5, 1))
+    )
+    groups: Any = argument(node, 6)
+    zero = int(_stored_zero(form, data).reshape(-1)[0])
+    packed = pack_conv(weight.to(torch.int8), zero, stride, padding, dilation, int(groups))
+    x = emitter.call(aten.unsqueeze.default, data.node, 2) if flat else data.node
+    bias = None
+    if form.bias_codes is not None:
+        bias = emitter.buffer(f"{node.name}_bias", form.bias_codes.float())
+    accumulator = emitter.call(
+        CONV_U8, x, emitter.buffer(f"{node.name}_weight", packed),
+        *_unit_scales(emitter, weight.shape[0]), bias, zero, list(weight.shape[2:]),
+        stride, padding, dilation, int(groups),
+    )  # fmt: skip
+    if flat:
+        accumulator = emitter.call(aten.squeeze.dim, accumulator, 2)
+    return KernelChoice(accumulator, "onednn qconv u8s8", "8-bit codes")
+
+
+def _static_float(
+    emitter: Emitter, form: ProductForm, data: Coded, weight: Tensor, why: str
+) -> KernelChoice:
+    node, dtype = form.node, form.exact_dtype
+    source = _operand(form, form.what.data)
+    x = emitter.levels(data, form.data, source.meta["val"].ndim, dtype)
+    w = emitter.buffer(f"{node.name}_weight", weight.to(dtype))
+    bias = None
+    if form.bias_codes is not None:
+        bias = emitter.buffer(f"{node.name}_bias", form.bias_codes.to(dtype))
+    return _float_choice(emitter, form, _with(emitter, form, x, w, bias), why)
+
+
+def _dynamic_float(emitter: Emitter, form: ProductForm) -> KernelChoice:
+    operands = []
+    for position, levels in ((form.what.data, form.data), (form.what.weight, form.weight)):
+        source = _operand(form, position)
+        coded = emitter._coded(source, levels.encoding)
+        ndim = source.meta["val"].ndim
+        x = emitter.levels(coded, levels, ndim, form.exact_dtype)
+        if position == form.what.data and form.shift is not None:
+            growth = torch.pow(2.0, form.shift.double()).to(form.exact_dtype)
+            factor = emitter.buffer("shift", along(growth, form.what.data_axis % ndim, ndim))
+            x = emitter.call(aten.mul.Tensor, x, factor)
+        operands.append(x)
+    accumulator = _with(emitter, form, operands[0], operands[1], None)
+    return _float_choice(emitter, form, accumulator, "both operands are computed")
+
+
+def _with(emitter: Emitter, form: ProductForm, data: Node, weight: Node, bias: Node | None) -> Node:
+    """The product's own op on other operands."""
+    args = list(form.node.args)
+    args[form.what.data], args[form.what.weight] = data, weight
+    if form.what.bias is not None:
+        if form.what.bias < len(args):
+            args[form.what.bias] = bias
+        elif bias is not None:
+            args.append(bias)
+    return emitter.call(form.node.target, *args)
+
+
+def _float_choice(emitter: Emitter, form: ProductForm, accumulator: Node, why: str) -> KernelChoice:
+    if form.exact_dtype is torch.float32:
+        return KernelChoice(accumulator, "float32 on levels", why)
+    narrow = emitter.call(aten.to.dtype, accumulator, torch.float32)
+    return KernelChoice(narrow, "float64 on levels", why)
+
+
+def group_choices(emitter: Emitter, form: ProductForm) -> list[KernelChoice]:
+    """One product per group of channels: the group's weights, zeros elsewhere."""
+    assert form.weight_levels is not None
+    axis = contraction_axis_of_weight(form.node, form.weight_levels.ndim)
+    data = emitter._coded(_operand(form, form.what.data), form.data.encoding)
+    choices = []
+    for indices in form.groups:
+        mask = torch.zeros(form.weight_levels.shape[axis], dtype=torch.int32)
+        mask = along(mask.index_fill_(0, indices, 1), axis, form.weight_levels.ndim)
+        weight = form.weight_levels * mask
+        why = _not_u8(form, data, weight) or "grouped"
+        choice = None if why != "grouped" else _u8(emitter, form, data, weight)
+        choices.append(choice or _static_float(emitter, form, data, weight, why))
+    return choices
+
+
+def levels_bits(levels: Levels) -> int:
+    """Bits that a level needs, sign included."""
+    low, high = levels.range()
+    return max(abs(low), abs(high)).bit_length() + int(low < 0)
