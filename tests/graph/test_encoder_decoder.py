@@ -111,13 +111,31 @@ class Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.encode = conv(1, 4), conv(4, 4)
-        self.down, self.decode, self.head = conv(4, 4, stride=2), conv(8, 4), conv(4, 1, 1)
+        self.down, self.smooth = conv(4, 4, stride=2), conv(4, 4)
+        self.decode, self.head = conv(8, 4), conv(4, 1, 1)
 
     def forward(self, x: Tensor):
         skip = self.encode(self.stem(x))
-        up = F.interpolate(self.down(skip), scale_factor=2.0)
+        up = self.smooth(F.interpolate(self.down(skip), scale_factor=2.0))
         up = up[:, :, : skip.shape[2], : skip.shape[3]]
         return self.head(self.decode(torch.cat([up, skip], 1)))
+
+
+class AttentivePixels(nn.Module):
+    """Self-attention over pixels with two heads of four channels, at the coarse resolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = conv(1, 4), conv(4, 8, stride=2)
+        self.mix, self.head = conv(8, 4), conv(4, 1)
+
+    def forward(self, x: Tensor):
+        x = torch.relu(self.down(torch.relu(self.stem(x))))
+        batch, channels, rows, columns = x.shape
+        heads = x.view(batch, 2, channels // 2, rows * columns).transpose(2, 3)
+        mixed = torch.softmax(heads @ heads.transpose(2, 3), dim=-1) @ heads
+        x = self.mix(x + mixed.transpose(2, 3).reshape(batch, channels, rows, columns))
+        return self.head(torch.relu(x))
 
 
 class Idle(nn.Module):
@@ -228,6 +246,15 @@ def test_sizes_that_differ_by_rounding_are_one_level():
     found = structure(Odd(), size=25)
     assert found.num_levels == 2
     assert [pair.level for pair in found.skips] == [0]
+
+
+def test_attention_over_pixels_is_no_change_of_resolution():
+    found = structure(AttentivePixels(), size=16)
+    assert found.shape is Shape.PLAIN
+    assert [p.side for p in found.placements.values()] == [
+        Side.STEM, *[Side.BOTTLENECK] * 4, Side.HEAD,
+    ]  # fmt: skip
+    assert [p.level for p in found.placements.values()] == [0, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("model", [ResUNet(TINY), NestedUNet(TINY), Hourglass(is_gated=True)])
