@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qgraph.calibration import knapsack
 from qgraph.calibration.assignment import (
     Candidate,
     Group,
@@ -91,6 +92,36 @@ def test_exact_equals_brute_force_under_two_budgets(problem, size, bops):
         return
     answer = solve_exact(problem)
     assert answer.omega == pytest.approx(best, rel=1e-9, abs=1e-9)
+    assert problem.fits(answer.costs)
+
+
+@given(chains(max_groups=4, is_decreasing=True), st.data())
+@laws
+def test_a_budget_one_unit_short_of_a_choice_excludes_it(problem, data):
+    huge = tuple(
+        replace(
+            g,
+            candidates=tuple(
+                replace(c, costs={"size": c.costs["size"] * 10.0**9 + c.bits[0]})
+                for c in g.candidates
+            ),
+        )
+        for g in problem.groups
+    )
+    choice = [data.draw(st.sampled_from(g.candidates[1:])) for g in huge]
+    limit = math.fsum(c.costs["size"] for c in choice) - 1
+    problem = Problem(huge, {"size": limit})
+    answer = solve_exact(problem)
+    assert problem.fits(answer.costs)
+    assert answer.omega == pytest.approx(brute_force(problem), rel=1e-9)
+
+
+def test_running_out_of_cuts_still_gives_an_answer_within_the_budget(monkeypatch):
+    monkeypatch.setattr(knapsack, "MAX_CUTS", 1)
+    pair = (candidate((2, 2), 1.0, size=1e9 / 2), candidate((4, 4), 0.0, size=1e9))
+    problem = Problem((Group(name="g", index=0, candidates=pair),), {"size": 1e9 - 1})
+    answer = solve_exact(problem)
+    assert answer.bits == {"g": (2, 2)}
     assert problem.fits(answer.costs)
 
 
