@@ -3,19 +3,22 @@
 
 Quantizers move up through max pooling, pixel shuffles and concatenation (quantization is
 monotone and elementwise, so the codes stay the same), until they sit behind the convolution
-that makes the value. Transposed convolutions, for which no integer kernel exists, become a
-convolution with one output channel per phase, and a pixel shuffle.
+that makes the value. Convolutions are rewritten where only another form has an integer kernel.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qgraph.backends.onnx.convolutions import (
+    is_open,
+    one_per_encoding,
+    patches_to_linear,
+    transposed_to_phases,
+)
 from qgraph.formats import AffineEncoding
 from qgraph.graph import dialect
 from qgraph.graph.build import attribute, insert_buffer, insert_call
@@ -32,10 +35,17 @@ def place(module: GraphModule) -> None:
     """Apply the rewrites, in place."""
     for node in list(module.graph.nodes):
         if node.target is aten.conv_transpose2d.input:
-            _transposed_to_phases(module, node)
+            transposed_to_phases(module, node)
     pending = [n for n in module.graph.nodes if n.target is dialect.QUANTIZE]
     while pending:
         pending.extend(_raise(module, pending.pop()))
+    module.graph.eliminate_dead_code()
+    for node in list(module.graph.nodes):
+        if node.target is aten.conv2d.default:
+            if is_open(node):
+                patches_to_linear(module, node)
+            else:
+                one_per_encoding(module, node)
     module.graph.eliminate_dead_code()
 
 
@@ -115,132 +125,3 @@ def _same_decode(module: GraphModule, value: Node, node: Node) -> bool:
     return same_codes and torch.equal(mine.scale, theirs.scale) and torch.equal(
         mine.zero_point, theirs.zero_point
     )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Phases:
-    """A transposed convolution of one axis, seen as a convolution per output phase.
-
-    Output position ``s*m + r`` reads input ``m + shift(r, j)`` through tap ``tap(r, j)``.
-
-    Attributes:
-        kernel: taps of the equal convolution.
-        before, after: its padding.
-        taps: (phase, tap of the equal convolution, tap of the transposed one).
-    """
-
-    kernel: int
-    before: int
-    after: int
-    taps: tuple[tuple[int, int, int], ...]
-
-    @classmethod
-    def of(cls, kernel: int, stride: int, padding: int) -> Phases:
-        """Phases of a transposed convolution whose output is `stride` times as long."""
-        found = [
-            (phase, (phase + padding) // stride - j, (phase + padding) % stride + stride * j)
-            for phase in range(stride)
-            for j in range(-(-kernel // stride))
-            if (phase + padding) % stride + stride * j < kernel
-        ]
-        low, high = min(s for _, s, _ in found), max(s for _, s, _ in found)
-        low, high = min(low, 0), max(high, 0)
-        return cls(high - low + 1, -low, high, tuple((r, s - low, t) for r, s, t in found))
-
-
-def _transposed_to_phases(module: GraphModule, node: Node) -> None:
-    """``conv_transpose2d(dq, dq weight, bias)`` to conv2d and pixel_shuffle: the same products."""
-    data, weight, bias, stride, padding, extra, groups, dilation = _arguments(node)
-    if not (dialect.is_dequantize(data) and dialect.is_dequantize(weight)):
-        return
-    encoding = dialect.encoding_of(module, weight)
-    codes = weight.args[0]
-    if not isinstance(encoding, AffineEncoding) or codes.op != "get_attr" or groups != 1:
-        return
-    if stride[0] != stride[1] or dilation != [1, 1] or encoding.block is not None:
-        return
-    kernel = list(weight.meta["val"].shape[2:])
-    if any(k + e != 2 * p + s for k, e, p, s in zip(kernel, extra, padding, stride, strict=True)):
-        return
-    if encoding.axis not in {None, 1} or not encoding.is_symmetric:
-        return
-    rows, columns = (Phases.of(k, s, p) for k, s, p in zip(kernel, stride, padding, strict=True))
-    if (rows.before, columns.before) != (rows.after, columns.after):
-        return
-    phases = stride[0] * stride[1]
-    spread = phase_weights(attribute(module, str(codes.target)), rows, columns, stride[0])
-    new_weight = _decode_new(module, node, weight, spread, encoding, phases)
-    new_bias = _repeat_bias(module, node, bias, phases)
-    if bias is not None and new_bias is None:
-        return
-    product = insert_call(
-        module, aten.conv2d.default, data, new_weight, new_bias, [1, 1],
-        [rows.before, columns.before], like=node, before=node,
-    )  # fmt: skip
-    shuffled = insert_call(
-        module, aten.pixel_shuffle.default, product, stride[0], like=node, before=node
-    )
-    node.replace_all_uses_with(shuffled)
-    module.graph.erase_node(node)
-
-
-def _arguments(node: Node) -> tuple[Any, ...]:
-    defaults = (None, None, None, [1, 1], [0, 0], [0, 0], 1, [1, 1])
-    given = (*node.args, *defaults[len(node.args) :])
-    pairs = [_pair(given[i]) for i in (3, 4, 5, 7)]
-    return (*given[:3], pairs[0], pairs[1], pairs[2], given[6], pairs[3])
-
-
-def _pair(value: Any) -> list[int]:
-    return [int(v) for v in value] * (2 // len(value))
-
-
-def phase_weights(codes: Tensor, rows: Phases, columns: Phases, stride: int) -> Tensor:
-    """Weights [C_in, C_out, k, k] as [C_out * s * s, C_in, K, K], absent taps zero."""
-    c_in, c_out = codes.shape[:2]
-    new = codes.new_zeros(c_out, stride, stride, c_in, rows.kernel, columns.kernel)
-    for row_phase, row, row_tap in rows.taps:
-        for column_phase, column, column_tap in columns.taps:
-            new[:, row_phase, column_phase, :, row, column] = codes[:, :, row_tap, column_tap].T
-    return new.flatten(0, 2)
-
-
-def _decode_new(
-    module: GraphModule,
-    node: Node,
-    old: Node,
-    codes: Tensor,
-    encoding: AffineEncoding,
-    repeats: int,
-) -> Node:
-    """A dequantize node of repeated channels, axis 0, that mirrors `old`."""
-    scale, zero, axis = encoding.scale, encoding.zero_point, None
-    if scale.ndim:
-        scale, zero, axis = scale.repeat_interleave(repeats), zero.repeat_interleave(repeats), 0
-    stored = insert_buffer(module, f"{old.name}_phases", codes, before=node)
-    parameters = [
-        insert_buffer(module, f"{old.name}_{what}", tensor, before=node)
-        for what, tensor in (("scale", scale), ("zero", zero))
-    ]
-    return insert_call(
-        module, dialect.DEQUANTIZE, stored, *parameters, encoding.qmin, encoding.qmax, axis,
-        like=node, before=node,
-    )  # fmt: skip
-
-
-def _repeat_bias(module: GraphModule, node: Node, bias: Any, repeats: int) -> Node | None:
-    if not isinstance(bias, Node):
-        return None
-    if bias.op == "get_attr":
-        values = attribute(module, str(bias.target)).repeat_interleave(repeats)
-        return insert_buffer(module, f"{bias.target}_phases", values, before=node)
-    encoding = dialect.encoding_of(module, bias) if bias.target is dialect.DEQUANTIZE else None
-    codes = bias.args[0] if encoding is not None else None
-    if (
-        not isinstance(encoding, AffineEncoding)
-        or not isinstance(codes, Node)
-        or codes.op != "get_attr"
-    ):
-        return None
-    repeated = attribute(module, str(codes.target)).repeat_interleave(repeats)
-    return _decode_new(module, node, bias, repeated, encoding, repeats)

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convolutions in the forms for which onnxruntime has integer kernels; all exact.
+
+* a transposed convolution: a convolution with one output channel per phase, and a pixel shuffle
+* patches (kernel = stride) whose result stays float: a linear over the patches, since QLinearConv
+  needs an output quantizer and QGemm does not
+* a result read in two encodings: one convolution for each, since QLinearConv has one output
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from qgraph.formats import AffineEncoding
+from qgraph.graph import dialect
+from qgraph.graph.build import attribute, insert_buffer, insert_call
+
+aten = torch.ops.aten
+
+
+def is_open(node: Node) -> bool:
+    """Whether something reads the convolution's result in float."""
+    return not node.users or any(user.target is not dialect.QUANTIZE for user in node.users)
+
+
+def one_per_encoding(module: GraphModule, node: Node) -> None:
+    """Give every quantizer behind a quantized convolution a convolution of its own."""
+    if not (dialect.is_dequantize(node.args[0]) and dialect.is_dequantize(node.args[1])):
+        return
+    for user in list(node.users)[1:]:
+        twin = insert_call(module, node.target, *node.args, like=node, before=user, **node.kwargs)  # type: ignore[arg-type]
+        user.replace_input_with(node, twin)
+
+
+def patches_to_linear(module: GraphModule, node: Node) -> None:
+    """``conv2d`` with kernel = stride and no padding: permuted codes, a linear, permuted back."""
+    data, weight, bias, stride, padding, dilation, groups = _conv_arguments(node)
+    if not (dialect.is_dequantize(data) and dialect.is_dequantize(weight)):
+        return
+    x, w = dialect.encoding_of(module, data), dialect.encoding_of(module, weight)
+    kernel = list(weight.meta["val"].shape[2:])
+    size = list(data.meta["val"].shape)
+    if kernel != stride or padding != [0, 0] or dilation != [1, 1] or groups != 1:
+        return
+    if not all(isinstance(s, int) for s in size[1:]) or any(
+        s % k for s, k in zip(size[2:], kernel, strict=True)
+    ):
+        return
+    if not isinstance(x, AffineEncoding) or x.scale.ndim or not isinstance(w, AffineEncoding):
+        return
+    codes = weight.args[0]
+    if codes.op != "get_attr" or w.axis not in {None, 0} or w.block is not None:
+        return
+    flat = insert_buffer(
+        module, f"{codes.target}_flat", attribute(module, str(codes.target)).flatten(1), before=node
+    )
+    matrix = insert_call(
+        module, dialect.DEQUANTIZE, flat, *weight.args[1:], like=weight, before=node
+    )
+    rows, columns = size[2] // kernel[0], size[3] // kernel[1]
+    patches = _patches(module, node, data, (rows, columns), kernel)
+    product = insert_call(
+        module, aten.linear.default, patches, matrix, bias, like=node, before=node
+    )
+    image = insert_call(
+        module, aten.reshape.default, product, [-1, rows, columns, int(flat.meta["val"].shape[0])],
+        like=node, before=node,
+    )  # fmt: skip
+    new = insert_call(module, aten.permute.default, image, [0, 3, 1, 2], like=node, before=node)
+    node.replace_all_uses_with(new)
+    module.graph.erase_node(node)
+
+
+def _patches(
+    module: GraphModule, node: Node, data: Node, grid: tuple[int, int], kernel: list[int]
+) -> Node:
+    """Dequantized patches [B * rows * columns, C * k * k]: the codes move, then are decoded."""
+    channels = int(data.meta["val"].shape[1])
+    codes, *parameters = data.args
+    cut = insert_call(
+        module, aten.reshape.default, codes, [-1, channels, grid[0], kernel[0], grid[1], kernel[1]],
+        like=node, before=node,
+    )  # fmt: skip
+    turned = insert_call(
+        module, aten.permute.default, cut, [0, 2, 4, 1, 3, 5], like=node, before=node
+    )
+    flat = insert_call(
+        module, aten.reshape.default, turned, [-1, channels * kernel[0] * kernel[1]],
+        like=node, before=node,
+    )  # fmt: skip
+    return insert_call(module, dialect.DEQUANTIZE, flat, *parameters, like=node, before=node)
+
+
+def _conv_arguments(node: Node) -> tuple[Any, ...]:
+    defaults = (None, None, None, [1, 1], [0, 0], [1, 1], 1)
+    given: tuple[Any, ...] = (*node.args, *defaults[len(node.args) :])
+    padding = [-1, -1] if isinstance(given[4], str) else _pair(given[4])
+    return (*given[:3], _pair(given[3]), padding, _pair(given[5]), given[6])
+
+
+@dataclass(frozen=True, slots=True)
+class Phases:
+    """A transposed convolution of one axis, seen as a convolution per output phase.
+
+    Output position ``s*m + r`` reads input ``m + shift(r, j)`` through tap ``tap(r, j)``.
+
+    Attributes:
+        kernel: taps of the equal convolution.
+        before, after: its padding.
+        taps: (phase, tap of the equal convolution, tap of the transposed one).
+    """
+
+    kernel: int
+    before: int
+    after: int
+    taps: tuple[tuple[int, int, int], ...]
+
+    @classmethod
+    def of(cls, kernel: int, stride: int, padding: int) -> Phases:
+        """Phases of a transposed convolution whose output is `stride` times as long."""
+        found = [
+            (phase, (phase + padding) // stride - j, (phase + padding) % stride + stride * j)
+            for phase in range(stride)
+            for j in range(-(-kernel // stride))
+            if (phase + padding) % stride + stride * j < kernel
+        ]
+        low, high = min(s for _, s, _ in found), max(s for _, s, _ in found)
+        low, high = min(low, 0), max(high, 0)
+        return cls(high - low + 1, -low, high, tuple((r, s - low, t) for r, s, t in found))
+
+
+def transposed_to_phases(module: GraphModule, node: Node) -> None:
+    """``conv_transpose2d(dq, dq weight, bias)`` to conv2d and pixel_shuffle: the same products."""
+    data, weight, bias, stride, padding, extra, groups, dilation = _arguments(node)
+    if not (dialect.is_dequantize(data) and dialect.is_dequantize(weight)):
+        return
+    encoding = dialect.encoding_of(module, weight)
+    codes = weight.args[0]
+    if not isinstance(encoding, AffineEncoding) or codes.op != "get_attr" or groups != 1:
+        return
+    if stride[0] != stride[1] or dilation != [1, 1] or encoding.block is not None:
+        return
+    kernel = list(weight.meta["val"].shape[2:])
+    if any(k + e != 2 * p + s for k, e, p, s in zip(kernel, extra, padding, stride, strict=True)):
+        return
+    if encoding.axis not in {None, 1} or not encoding.is_symmetric:
+        return
+    rows, columns = (Phases.of(k, s, p) for k, s, p in zip(kernel, stride, padding, strict=True))
+    if (rows.before, columns.before) != (rows.after, columns.after):
+        return
+    phases = stride[0] * stride[1]
+    spread = phase_weights(attribute(module, str(codes.target)), rows, columns, stride[0])
+    new_weight = _decode_new(module, node, weight, spread, encoding, phases)
+    new_bias = _repeat_bias(module, node, bias, phases)
+    if bias is not None and new_bias is None:
+        return
+    product = insert_call(
+        module, aten.conv2d.default, data, new_weight, new_bias, [1, 1],
+        [rows.before, columns.before], like=node, before=node,
+    )  # fmt: skip
+    shuffled = insert_call(
+        module, aten.pixel_shuffle.default, product, stride[0], like=node, before=node
+    )
+    node.replace_all_uses_with(shuffled)
+    module.graph.erase_node(node)
+
+
+def _arguments(node: Node) -> tuple[Any, ...]:
+    defaults = (None, None, None, [1, 1], [0, 0], [0, 0], 1, [1, 1])
+    given = (*node.args, *defaults[len(node.args) :])
+    pairs = [_pair(given[i]) for i in (3, 4, 5, 7)]
+    return (*given[:3], pairs[0], pairs[1], pairs[2], given[6], pairs[3])
+
+
+def _pair(value: Any) -> list[int]:
+    return [int(v) for v in value] * (2 // len(value))
+
+
+def phase_weights(codes: Tensor, rows: Phases, columns: Phases, stride: int) -> Tensor:
+    """Weights [C_in, C_out, k, k] as [C_out * s * s, C_in, K, K], absent taps zero."""
+    c_in, c_out = codes.shape[:2]
+    new = codes.new_zeros(c_out, stride, stride, c_in, rows.kernel, columns.kernel)
+    for row_phase, row, row_tap in rows.taps:
+        for column_phase, column, column_tap in columns.taps:
+            new[:, row_phase, column_phase, :, row, column] = codes[:, :, row_tap, column_tap].T
+    return new.flatten(0, 2)
+
+
+def _decode_new(
+    module: GraphModule,
+    node: Node,
+    old: Node,
+    codes: Tensor,
+    encoding: AffineEncoding,
+    repeats: int,
+) -> Node:
+    """A dequantize node of repeated channels, axis 0, that mirrors `old`."""
+    scale, zero, axis = encoding.scale, encoding.zero_point, None
+    if scale.ndim:
+        scale, zero, axis = scale.repeat_interleave(repeats), zero.repeat_interleave(repeats), 0
+    stored = insert_buffer(module, f"{old.name}_phases", codes, before=node)
+    parameters = [
+        insert_buffer(module, f"{old.name}_{what}", tensor, before=node)
+        for what, tensor in (("scale", scale), ("zero", zero))
+    ]
+    return insert_call(
+        module, dialect.DEQUANTIZE, stored, *parameters, encoding.qmin, encoding.qmax, axis,
+        like=node, before=node,
+    )  # fmt: skip
+
+
+def _repeat_bias(module: GraphModule, node: Node, bias: Any, repeats: int) -> Node | None:
+    if not isinstance(bias, Node):
+        return None
+    if bias.op == "get_attr":
+        values = attribute(module, str(bias.target)).repeat_interleave(repeats)
+        return insert_buffer(module, f"{bias.target}_phases", values, before=node)
+    encoding = dialect.encoding_of(module, bias) if bias.target is dialect.DEQUANTIZE else None
+    codes = bias.args[0] if encoding is not None else None
+    if (
+        not isinstance(encoding, AffineEncoding)
+        or not isinstance(codes, Node)
+        or codes.op != "get_attr"
+    ):
+        return None
+    repeated = attribute(module, str(codes.target)).repeat_interleave(repeats)
+    return _decode_new(module, node, bias, repeated, encoding, repeats)
