@@ -29,12 +29,35 @@ def is_open(node: Node) -> bool:
 
 
 def one_per_encoding(module: GraphModule, node: Node) -> None:
-    """Give every quantizer behind a quantized convolution a convolution of its own."""
-    if not (dialect.is_dequantize(node.args[0]) and dialect.is_dequantize(node.args[1])):
+    """Give every quantizer behind a quantized convolution a convolution of its own.
+
+    onnxruntime merges equal nodes before it fuses, so the twins must differ: they name the
+    axis of their weight or bias from the other end.
+    """
+    data, weight, bias = (*node.args, None)[:3]
+    if not (dialect.is_dequantize(data) and dialect.is_dequantize(weight)):
         return
-    for user in list(node.users)[1:]:
-        twin = insert_call(module, node.target, *node.args, like=node, before=user, **node.kwargs)  # type: ignore[arg-type]
+    places = [p for p, v in ((2, bias), (1, weight)) if _has_axis(module, v)]
+    variants = [places[:1], places[1:], places[:2]][: 2 ** len(places) - 1]
+    for user, variant in zip(list(node.users)[1:], variants, strict=False):
+        arguments = list(node.args)
+        for place in variant:
+            arguments[place] = _axis_from_end(module, node, arguments[place])
+        twin = insert_call(module, node.target, *arguments, like=node, before=user)  # type: ignore[arg-type]
         user.replace_input_with(node, twin)
+
+
+def _has_axis(module: GraphModule, value: Any) -> bool:
+    return bool(
+        dialect.is_dequantize(value) and dialect.encoding_of(module, value).axis is not None
+    )
+
+
+def _axis_from_end(module: GraphModule, node: Node, value: Any) -> Node:
+    """The same dequantize node, its axis written as a negative number."""
+    arguments = list(value.args)
+    arguments[5] = arguments[5] - value.meta["val"].ndim
+    return insert_call(module, value.target, *arguments, like=value, before=node)
 
 
 def patches_to_linear(module: GraphModule, node: Node) -> None:

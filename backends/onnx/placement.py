@@ -21,7 +21,7 @@ from qgraph.backends.onnx.convolutions import (
 )
 from qgraph.formats import AffineEncoding
 from qgraph.graph import dialect
-from qgraph.graph.build import attribute, insert_buffer, insert_call
+from qgraph.graph.build import insert_call
 from qgraph.graph.edges import in_edges
 
 aten = torch.ops.aten
@@ -55,11 +55,14 @@ def _raise(module: GraphModule, node: Node) -> list[Node]:
     encoding = dialect.encoding_of(module, node)
     if not isinstance(source, Node) or not isinstance(encoding, AffineEncoding):
         return []
-    if (
-        encoding.axis is not None
-        or encoding.zero_point.ndim
-        or not _only_this(module, source, node)
-    ):
+    if encoding.axis is not None or encoding.zero_point.ndim:
+        return []
+    zero = int(encoding.zero_point)
+    if source.target is aten.relu.default and (encoding.qmin >= 0 or zero == encoding.qmin):
+        # quantize(relu(x)) clamps the codes of x at the zero point
+        node.args = (source.args[0], *node.args[1:3], zero, *node.args[4:])
+        return [node]
+    if not _only_this(module, source, node):
         return []
     if source.target in _COMMUTING:
         operands = [source.args[0]]
