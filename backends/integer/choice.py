@@ -115,18 +115,18 @@ def _linear(emitter: Emitter, form: ProductForm, data: Coded, weight: Tensor) ->
     if form.bound >= FLOAT32_EXACT and (bias is not None or form.data.axis is not None):
         # x - z = (x ^ 128) + 128 - z on int8 codes; the constant goes into the bias.
         correction = ((128 - zero) * weight.to(torch.int64)).sum(1) + start
-        accumulator = emitter.call(
+        accumulator = emitter.arithmetic(
             LINEAR_I32, data.node,
             emitter.buffer(f"{name}_weight", weight.t().contiguous().to(torch.int8)),
             emitter.buffer(f"{name}_bias", correction.to(torch.int32)),
         )  # fmt: skip
-        wide = emitter.call(aten.to.dtype, accumulator, torch.float32)
+        wide = emitter.arithmetic(aten.to.dtype, accumulator, torch.float32)
         return KernelChoice(wide, "_int_mm", "sum with bias needs int32")
     number = int(zero.reshape(-1)[0]) if form.data.axis is None else 0
     if form.data.axis is not None:
         start = start - (zero * weight.to(torch.int64)).sum(1)
     bias_node = emitter.buffer(f"{name}_bias", start.float()) if bool(start.any()) else None
-    accumulator = emitter.call(
+    accumulator = emitter.arithmetic(
         LINEAR_U8, data.node, emitter.buffer(f"{name}_weight", pack_linear(weight.to(torch.int8))),
         *_unit_scales(emitter, weight.shape[0]), bias_node, number,
     )  # fmt: skip
@@ -167,7 +167,7 @@ def _conv(emitter: Emitter, form: ProductForm, data: Coded, weight: Tensor) -> K
     bias = None
     if form.bias_codes is not None:
         bias = emitter.buffer(f"{node.name}_bias", form.bias_codes.float())
-    accumulator = emitter.call(
+    accumulator = emitter.arithmetic(
         CONV_U8, x, emitter.buffer(f"{node.name}_weight", packed),
         *_unit_scales(emitter, weight.shape[0]), bias, zero, list(weight.shape[2:]),
         stride, padding, dilation, int(groups),
@@ -215,13 +215,13 @@ def _with(emitter: Emitter, form: ProductForm, data: Node, weight: Node, bias: N
             args[form.what.bias] = bias
         elif bias is not None:
             args.append(bias)
-    return emitter.call(form.node.target, *args)
+    return emitter.arithmetic(form.node.target, *args)
 
 
 def _float_choice(emitter: Emitter, form: ProductForm, accumulator: Node, why: str) -> KernelChoice:
     if form.exact_dtype is torch.float32:
         return KernelChoice(accumulator, "float32 on levels", why)
-    narrow = emitter.call(aten.to.dtype, accumulator, torch.float32)
+    narrow = emitter.arithmetic(aten.to.dtype, accumulator, torch.float32)
     return KernelChoice(narrow, "float64 on levels", why)
 
 

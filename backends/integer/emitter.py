@@ -18,6 +18,8 @@ from torch.fx.node import map_arg
 
 from qgraph.backends.arithmetic import Clamp, code_limits, multiplier
 from qgraph.backends.integer.choice import KernelChoice, choose
+from qgraph.backends.integer.opaque import opaque
+from qgraph.backends.integer.reuse import reuse_buffers
 from qgraph.backends.integer.storage import Storage
 from qgraph.backends.integer.values import Coded, Pending, Product
 from qgraph.backends.levels import Levels
@@ -37,7 +39,8 @@ _COPIED_META = ("nn_module_stack", "stack_trace", "val")
 class Emitter:
     """State of one lowering; see the module docstring."""
 
-    def __init__(self, semantics: Semantics) -> None:
+    def __init__(self, semantics: Semantics, *, compiled: bool = False) -> None:
+        self.compiled = compiled
         self.semantics = semantics
         self.source = semantics.module
         self.graph = Graph()
@@ -47,6 +50,7 @@ class Emitter:
         self.codes: dict[str, Coded] = {}
         self._memo: dict[Any, Any] = {}
         self._names: dict[str, int] = {}
+        self._owned: set[Node] = set()
         self._current: Node | None = None
 
     def lower(self) -> GraphModule:
@@ -57,6 +61,8 @@ class Emitter:
                 self._emit(node)
         self.graph._codegen = copy.deepcopy(self.source.graph._codegen)
         self.graph.eliminate_dead_code()
+        if not self.compiled:
+            reuse_buffers(self.graph, self._owned)
         return GraphModule(self.root, self.graph)
 
     # -- emission primitives -------------------------------------------------------------
@@ -69,6 +75,12 @@ class Emitter:
                 if key in self._current.meta:
                     node.meta[key] = self._current.meta[key]
             node.meta["qgraph_source"] = self._current.name
+        return node
+
+    def arithmetic(self, target: Any, *args: Any) -> Node:
+        """Emit a call of lowering's own, whose float result nobody else can hold."""
+        node = self.call(target, *args)
+        self._owned.add(node)
         return node
 
     def buffer(self, hint: str, tensor: Tensor) -> Node:
@@ -124,7 +136,7 @@ class Emitter:
                 return Coded(self._moved(node, coded.node), coded.storage)
         args, kwargs = map_arg(node.args, self.plain), map_arg(node.kwargs, self.plain)
         target = aten.reshape.default if node.target in _VIEWS else node.target
-        return self.call(target, *args, **kwargs)
+        return self.call(opaque(target) if self.compiled else target, *args, **kwargs)
 
     def _coded(self, node: Node, encoding: Encoding) -> Coded:
         """Codes of a node; those of constants and graph inputs are brought into storage."""
@@ -205,7 +217,7 @@ class Emitter:
             return self.call(aten.to.dtype, shifted, node.meta["val"].dtype)
         ndim = node.meta["val"].ndim
         scale = self._along(f"{node.name}_scale", levels.scale, levels.axis, ndim)
-        return self.call(aten.mul.Tensor, self.levels(value, levels, ndim), scale)
+        return self.arithmetic(aten.mul.Tensor, self.levels(value, levels, ndim), scale)
 
     def levels(
         self, coded: Coded, levels: Levels, ndim: int, dtype: torch.dtype = torch.float32
@@ -220,12 +232,12 @@ class Emitter:
     def _levels(self, coded: Coded, levels: Levels, ndim: int, dtype: torch.dtype) -> Node:
         if isinstance(levels.encoding, AffineEncoding):
             zero = levels.encoding.zero_point + coded.storage.offset
-            wide = self.call(aten.to.dtype, coded.node, dtype)
+            wide = self.arithmetic(aten.to.dtype, coded.node, dtype)
             if levels.axis is None:
                 number = int(zero)
-                return self.call(aten.sub.Tensor, wide, number) if number else wide
+                return self.arithmetic(aten.sub.Tensor, wide, number) if number else wide
             view = along(zero.to(dtype), levels.axis, ndim)
-            return self.call(aten.sub.Tensor, wide, self.buffer("zero_points", view))
+            return self.arithmetic(aten.sub.Tensor, wide, self.buffer("zero_points", view))
         table = levels.encoding.table()
         index = self.call(aten.to.dtype, coded.node, torch.int64)
         if table.ndim == 1 or levels.axis is None:
@@ -241,9 +253,9 @@ class Emitter:
         key = ("float", product.node, clamp)
         if key not in self._memo:
             scale = self.buffer(f"{product.form.node.name}_scale", product.form.scale)
-            value = self.call(aten.mul.Tensor, product.node, scale)
+            value = self.arithmetic(aten.mul.Tensor, product.node, scale)
             if not clamp.is_open:
-                value = self.call(aten.clamp.default, value, clamp.low, clamp.high)
+                value = self.arithmetic(aten.clamp.default, value, clamp.low, clamp.high)
             self._memo[key] = value
         node: Node = self._memo[key]
         return node
@@ -303,7 +315,7 @@ class Emitter:
         if source.meta["val"].dtype is not torch.float32:
             floats = self.call(aten.to.dtype, floats, torch.float32)
         scale = self._along(f"{node.name}_scale", target.scale, target.axis, ndim)
-        units = self.call(aten.div.Tensor, floats, scale)
+        units = self.arithmetic(aten.div.Tensor, floats, scale)
         return self._rounded(units, target, storage, Clamp(), ndim)
 
     def _requantized(self, pending: Pending, target: AffineEncoding, storage: Storage) -> Node:
@@ -323,7 +335,7 @@ class Emitter:
             target = _scalar(target)
         if key not in self._memo:
             factor = multiplier(form.scale, target, ndim)
-            scaled = self.call(
+            scaled = self.arithmetic(
                 aten.mul.Tensor, product.node, self.buffer(f"{form.node.name}_multiplier", factor)
             )
             self._memo[key] = self._rounded(scaled, target, storage, pending.clamp, ndim)
@@ -350,27 +362,27 @@ class Emitter:
         self, units: Node, target: AffineEncoding, storage: Storage, clamp: Clamp, ndim: int
     ) -> Node:
         """``clamp(round(units) + z)`` in storage."""
-        codes = self.call(aten.round.default, units)
+        codes = self.arithmetic(aten.round.default, units)
         if target.scale.numel() == 1:
             target = _scalar(target)
             zero = int(target.zero_point) + storage.offset
             low, high = (int(v) + storage.offset for v in code_limits(clamp, target, ndim))
             if zero:
-                codes = self.call(aten.add.Tensor, codes, zero)
-            codes = self.call(aten.clamp.default, codes, low, high)
+                codes = self.arithmetic(aten.add.Tensor, codes, zero)
+            codes = self.arithmetic(aten.clamp.default, codes, low, high)
         else:
             zeros = (target.zero_point + storage.offset).to(torch.float32)
             if bool(zeros.any()):
-                codes = self.call(
+                codes = self.arithmetic(
                     aten.add.Tensor, codes, self._along("zero_points", zeros, target.axis, ndim)
                 )
             limits = [v + storage.offset for v in code_limits(clamp, target, ndim)]
             if clamp.is_open:
                 low, high = (int(v.flatten()[0]) for v in limits)
-                codes = self.call(aten.clamp.default, codes, low, high)
+                codes = self.arithmetic(aten.clamp.default, codes, low, high)
             else:
                 bounds = [self.buffer("limits", v.to(torch.float32)) for v in limits]
-                codes = self.call(aten.clamp.Tensor, codes, *bounds)
+                codes = self.arithmetic(aten.clamp.Tensor, codes, *bounds)
         return self.call(aten.to.dtype, codes, storage.dtype)
 
     # -- products ------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from qgraph.backends.calling import flat_inputs, structured_outputs
 from qgraph.backends.integer.emitter import Emitter
+from qgraph.backends.integer.explain import Explanation, explain
 from qgraph.backends.integer.values import Coded
 from qgraph.backends.semantics import analyze
 from qgraph.errors import unknown_name
@@ -32,11 +33,11 @@ class IntegerModel:
     def __init__(self, source: GraphModule, *, compile: bool = False) -> None:  # noqa: A002
         self.source = source
         self.semantics = analyze(source)
-        self._emitter = Emitter(self.semantics)
+        self._emitter = Emitter(self.semantics, compiled=compile)
         self.graph_module = self._emitter.lower()
         self._run: Callable[..., Any] = self.graph_module
         if compile:
-            self._run = torch.compile(self.graph_module, dynamic=False)
+            self._run = torch.compile(self.graph_module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Outputs in the structure of the model."""
@@ -50,6 +51,10 @@ class IntegerModel:
         with torch.no_grad():
             outputs = watched.run(*flat, enable_io_processing=False)
         return structured_outputs(self.source, outputs)
+
+    def explain(self) -> Explanation:
+        """Kernel, accumulator width, or reason to stay in float, of every op."""
+        return explain(self.semantics, self._emitter.choices)
 
 
 class _Watched(Interpreter):
