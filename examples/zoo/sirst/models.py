@@ -79,7 +79,7 @@ class NestedUNet(nn.Module):
     convolution to the input resolution and fused.
     """
 
-    def __init__(self, widths: Sequence[int] = (8, 12, 16, 24, 32)) -> None:
+    def __init__(self, widths: Sequence[int] = (8, 12, 24, 48, 80)) -> None:
         super().__init__()
         self.depth = len(widths)
         self.stem = _stem(widths[0])
