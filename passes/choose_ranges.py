@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,6 +19,7 @@ from qgraph.calibration import (
     choose_range,
     choose_range_for_output,
 )
+from qgraph.calibration.ranges import range_sqnr
 from qgraph.context import Context
 from qgraph.errors import unknown_name
 from qgraph.formats import AffineEncoding, IntGrid
@@ -40,6 +42,9 @@ class ChooseRanges(Pass):
             weights) and falls back to ``"mse"`` where the consumer has no stored weight; or
             ``"minmax"``, ``"percentile"``, ``"entropy"``.
         rows: sampled rows per value for ``"output"``.
+        add_sqnr: a residual add whose operand would keep less than so many dB stays in float and
+            is reported (residual streams of transformers live off a few huge channels); minus
+            infinity quantizes every add.
 
     Consumers of one value at one width share one encoding.
     """
@@ -51,6 +56,7 @@ class ChooseRanges(Pass):
 
     method: str = "output"
     rows: int = 64
+    add_sqnr: float = 30.0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -66,6 +72,7 @@ class ChooseRanges(Pass):
                 yield Request(value, "Reservoir", (("axis", axis), ("rows", self.rows)))
 
     def run(self, module: GraphModule, context: Context) -> bool:  # noqa: D102
+        self._spare_adds(context)
         for (value, bits), sites in context.plan.by_value(undecided_only=True).items():
             low, high, how = self._range(module, context, value, bits, sites)
             grid = IntGrid(bits, signed=False)
@@ -92,6 +99,29 @@ class ChooseRanges(Pass):
         source = seen.get(Histogram) if method != "minmax" else seen.find(Histogram)
         found = choose_range(source, extrema, bits=bits, method=method)  # type: ignore[arg-type]
         return (*found, method)
+
+    def _spare_adds(self, context: Context) -> None:
+        """Take adds off the plan whose operands would lose too much."""
+        adds: dict[Node, list[Site]] = {}
+        for site in context.plan.activations():
+            if site.kind is OpKind.ADD and site.encoding is None and self.add_sqnr > -math.inf:
+                adds.setdefault(site.edge.consumer, []).append(site)
+        for consumer, sites in adds.items():
+            kept = min(self._sqnr(context, site) for site in sites)
+            if kept < self.add_sqnr:
+                for site in sites:
+                    context.plan.remove(site)
+                reason = f"an operand would keep {kept:.1f} dB, below {self.add_sqnr:g}"
+                context.record(self.name, consumer, "kept", reason, sqnr=kept)
+
+    def _sqnr(self, context: Context, site: Site) -> float:
+        """dB that the value of a site keeps at its best clip."""
+        seen = context.statistics[site.value]
+        source, extrema = seen.find(Histogram), seen.range()
+        if source is None:
+            return math.inf
+        found = choose_range(source, extrema, bits=site.bits)
+        return range_sqnr(source, found, bits=site.bits)
 
 
 def output_weight(module: GraphModule, sites: list[Site]) -> Tensor | None:

@@ -9,6 +9,7 @@ vectorised pass over the bins, whatever the number of values behind them.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -194,3 +195,14 @@ def _bounds(extrema: Range | tuple[float, float]) -> tuple[float, float]:
             raise CalibrationError(msg)
         extrema = extrema.bounds()
     return min(0.0, extrema[0]), max(0.0, extrema[1])
+
+
+def range_sqnr(source: Source, ends: tuple[float, float], *, bits: int) -> float:
+    """dB that values of this histogram keep in an unsigned affine format with these ends."""
+    bins = source if isinstance(source, Bins) else source.bins()
+    grid = IntGrid(bits, signed=False)
+    codes = CodeRange(grid.qmin, grid.qmax, symmetric=False)
+    low, high = (torch.tensor([end], dtype=torch.float64) for end in ends)
+    noise = float(expected_error(bins, codes, low, high))
+    signal = float((bins.mass * (bins.left**2 + bins.left * bins.right + bins.right**2) / 3).sum())
+    return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
