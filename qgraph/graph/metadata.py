@@ -22,8 +22,9 @@ class Key(Generic[T]):
     owner: str
 
     def set(self, node: Node, value: T) -> None:
-        """Attach the value to the node."""
-        node.meta.setdefault("custom", {}).setdefault("qgraph", {})[self.name] = value
+        """Attach the value to the node; copies of the node keep theirs."""
+        custom = node.meta.get("custom", {})
+        node.meta["custom"] = custom | {"qgraph": custom.get("qgraph", {}) | {self.name: value}}
 
     def get(self, node: Node) -> T | None:
         """The value, or None where it was never set."""
