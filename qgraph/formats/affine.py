@@ -72,6 +72,8 @@ def affine_encode(
     s = expand(scale, axis, block, x.shape)
     z = expand(zero_point, axis, block, x.shape)
     codes = torch.round(x.to(torch.float32) / s)
+    if qmax >= 2**24:  # the limits themselves would be rounded in fp32
+        codes = codes.to(torch.float64)
     return codes.add_(z).clamp_(qmin, qmax).to(code_dtype(qmin, qmax))
 
 
