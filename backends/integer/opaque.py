@@ -23,7 +23,7 @@ _ELEMENTARY = frozenset({
     "add", "sub", "mul", "div", "neg", "abs", "relu", "clamp", "clamp_min", "clamp_max", "hardtanh",
     "round", "floor", "ceil", "where", "masked_fill", "minimum", "maximum", "sqrt", "rsub",
     "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not", "bitwise_and",
-    "bitwise_or", "bitwise_not", "to", "_to_copy", "cat", "stack", "embedding", "full", "full_like",
+    "bitwise_or", "__and__", "__or__", "bitwise_not", "to", "_to_copy", "cat", "stack", "embedding", "full", "full_like",
     "zeros", "zeros_like", "ones", "ones_like", "arange", "scalar_tensor", "sym_size", "any", "all",
     "amax", "amin", "argmax", "argmin", "constant_pad_nd", "pad", "triu", "tril", "max_pool2d",
     "upsample_nearest2d", "expand_as", "matmul", "bmm", "mm", "index", "index_select",
@@ -43,7 +43,9 @@ def opaque(target: Any) -> Any:
     if is_elementary(target) or any(a.alias_info for a in target._schema.arguments):
         return target
     overload = target._overloadname
-    name = target._opname if overload == "default" else f"{target._opname}_{overload}"
+    # Names that start with underscores would be mangled as private.
+    name = f"x{target._opname}" if target._opname.startswith("_") else target._opname
+    name = name if overload == "default" else f"{name}_{overload}"
     _, _, tail = str(target._schema).partition("(")
     _LIBRARY.define(f"{name}({tail}")
     _LIBRARY.impl(name, target, "CompositeExplicitAutograd")

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,16 +22,6 @@ from qgraph.graph.trace import trace
 from qgraph.graph.verify import Sample
 
 Chooser = Callable[[Site, Tensor], Encoding]
-
-
-class Recorder(Interpreter):
-    """Keeps every node's value."""
-
-    def __init__(self, module: GraphModule) -> None:
-        super().__init__(module, garbage_collect_values=False)
-
-    def run_node(self, n: Node) -> Any:
-        return super().run_node(n)
 
 
 def affine(values: Tensor, bits: int = 8, *, signed: bool = False, shrink: float = 1.0) -> Encoding:
@@ -67,11 +59,10 @@ def quantize(
     hoist: bool = True, scope: str | tuple[str, ...] = "full",
 ) -> GraphModule:  # fmt: skip
     """Trace, canonicalise, and quantize every site of the plan from one batch."""
-    module = trace(model.eval(), *inputs)
-    canonicalize(module)
+    module = copy.deepcopy(_traced(model, inputs))
     context = Context(sample=Sample(inputs), batches=[])
     passes.PlanSites(scope=scope).run(module, context)
-    recorder = Recorder(module)
+    recorder = Interpreter(module, garbage_collect_values=False)
     with torch.no_grad():
         recorder.run(*inputs)
     shared: dict[tuple[Node, Role], Encoding] = {}
@@ -89,6 +80,17 @@ def quantize(
     module.graph.lint()
     module.recompile()
     return module
+
+
+_TRACED: dict[nn.Module, GraphModule] = {}
+
+
+def _traced(model: nn.Module, inputs: tuple[Any, ...]) -> GraphModule:
+    """Tracing takes longer than anything tested here, so once per model."""
+    if model not in _TRACED:
+        _TRACED[model] = trace(model.eval(), *inputs)
+        canonicalize(_TRACED[model])
+    return _TRACED[model]
 
 
 class ConvNet(nn.Module):
@@ -153,6 +155,7 @@ class Sequence(nn.Module):
         return torch.tanh(y * 0.5) @ self.matrix
 
 
+@functools.cache
 def models() -> list[tuple[str, nn.Module, tuple[Tensor, ...]]]:
     """Name, model and inputs, seeded."""
     torch.manual_seed(0)
