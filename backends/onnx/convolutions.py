@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convolutions in the forms for which onnxruntime has integer kernels; all exact.
 
-* a transposed convolution: a convolution with one output channel per phase, and a pixel shuffle
+* a transposed convolution: a convolution with its output channels once per phase, interleaved
 * patches (kernel = stride) whose result stays float: a linear over the patches, since QLinearConv
   needs an output quantizer and QGemm does not
 * a result read in two encodings: one convolution for each, since QLinearConv has one output
@@ -105,18 +105,18 @@ def _patches(
     """Dequantized patches [B * rows * columns, C * k * k]: the codes move, then are decoded."""
     channels = int(data.meta["val"].shape[1])
     codes, *parameters = data.args
-    cut = insert_call(
-        module, aten.reshape.default, codes, [-1, channels, grid[0], kernel[0], grid[1], kernel[1]],
-        like=node, before=node,
-    )  # fmt: skip
-    turned = insert_call(
-        module, aten.permute.default, cut, [0, 2, 4, 1, 3, 5], like=node, before=node
-    )
-    flat = insert_call(
-        module, aten.reshape.default, turned, [-1, channels * kernel[0] * kernel[1]],
-        like=node, before=node,
-    )  # fmt: skip
-    return insert_call(module, dialect.DEQUANTIZE, flat, *parameters, like=node, before=node)
+
+    def moved(target: Any, *args: Any) -> None:
+        nonlocal codes
+        codes = insert_call(module, target, codes, *args, like=node, before=node)
+
+    if kernel == [1, 1]:  # one permutation, so that onnxruntime can cancel it with its own
+        moved(aten.permute.default, [0, 2, 3, 1])
+    else:
+        moved(aten.reshape.default, [-1, channels, grid[0], kernel[0], grid[1], kernel[1]])
+        moved(aten.permute.default, [0, 2, 4, 1, 3, 5])
+    moved(aten.reshape.default, [-1, channels * kernel[0] * kernel[1]])
+    return insert_call(module, dialect.DEQUANTIZE, codes, *parameters, like=node, before=node)
 
 
 def _conv_arguments(node: Node) -> tuple[Any, ...]:
@@ -158,7 +158,7 @@ class Phases:
 
 
 def transposed_to_phases(module: GraphModule, node: Node) -> None:
-    """``conv_transpose2d(dq, dq weight, bias)`` to conv2d and pixel_shuffle: the same products."""
+    """``conv_transpose2d(dq, dq weight, bias)`` to conv2d and moves: the same products."""
     data, weight, bias, stride, padding, extra, groups, dilation = _arguments(node)
     if not (dialect.is_dequantize(data) and dialect.is_dequantize(weight)):
         return
@@ -176,6 +176,8 @@ def transposed_to_phases(module: GraphModule, node: Node) -> None:
     rows, columns = (Phases.of(k, s, p) for k, s, p in zip(kernel, stride, padding, strict=True))
     if (rows.before, columns.before) != (rows.after, columns.after):
         return
+    if not all(isinstance(d, int) for d in node.meta["val"].shape[1:]):
+        return
     phases = stride[0] * stride[1]
     spread = phase_weights(attribute(module, str(codes.target)), rows, columns, stride[0])
     new_weight = _decode_new(module, node, weight, spread, encoding, phases)
@@ -186,11 +188,28 @@ def transposed_to_phases(module: GraphModule, node: Node) -> None:
         module, aten.conv2d.default, data, new_weight, new_bias, [1, 1],
         [rows.before, columns.before], like=node, before=node,
     )  # fmt: skip
-    shuffled = insert_call(
-        module, aten.pixel_shuffle.default, product, stride[0], like=node, before=node
-    )
-    node.replace_all_uses_with(shuffled)
+    node.replace_all_uses_with(_interleaved(module, node, product, stride[0]))
     module.graph.erase_node(node)
+
+
+def _interleaved(module: GraphModule, node: Node, product: Node, stride: int) -> Node:
+    """Phases [B, s * s * C, H, W] to [B, C, H * s, W * s], by way of channels last.
+
+    Channels stay together while the phases move, which is a copy of rows; a pixel shuffle
+    would move single bytes.
+    """
+    _, channels, height, width = node.meta["val"].shape
+    steps: list[tuple[Any, list[Any]]] = [
+        (aten.permute.default, [0, 2, 3, 1]),
+        (aten.reshape.default, [-1, height // stride, width // stride, stride, stride, channels]),
+        (aten.permute.default, [0, 1, 3, 2, 4, 5]),
+        (aten.reshape.default, [-1, height, width, channels]),
+        (aten.permute.default, [0, 3, 1, 2]),
+    ]
+    value = product
+    for target, argument in steps:
+        value = insert_call(module, target, value, argument, like=node, before=node)
+    return value
 
 
 def _arguments(node: Node) -> tuple[Any, ...]:
@@ -205,12 +224,12 @@ def _pair(value: Any) -> list[int]:
 
 
 def phase_weights(codes: Tensor, rows: Phases, columns: Phases, stride: int) -> Tensor:
-    """Weights [C_in, C_out, k, k] as [C_out * s * s, C_in, K, K], absent taps zero."""
+    """Weights [C_in, C_out, k, k] as [s * s * C_out, C_in, K, K], absent taps zero."""
     c_in, c_out = codes.shape[:2]
-    new = codes.new_zeros(c_out, stride, stride, c_in, rows.kernel, columns.kernel)
+    new = codes.new_zeros(stride, stride, c_out, c_in, rows.kernel, columns.kernel)
     for row_phase, row, row_tap in rows.taps:
         for column_phase, column, column_tap in columns.taps:
-            new[:, row_phase, column_phase, :, row, column] = codes[:, :, row_tap, column_tap].T
+            new[row_phase, column_phase, :, :, row, column] = codes[:, :, row_tap, column_tap].T
     return new.flatten(0, 2)
 
 
@@ -225,7 +244,7 @@ def _decode_new(
     """A dequantize node of repeated channels, axis 0, that mirrors `old`."""
     scale, zero, axis = encoding.scale, encoding.zero_point, None
     if scale.ndim:
-        scale, zero, axis = scale.repeat_interleave(repeats), zero.repeat_interleave(repeats), 0
+        scale, zero, axis = scale.repeat(repeats), zero.repeat(repeats), 0
     stored = insert_buffer(module, f"{old.name}_phases", codes, before=node)
     parameters = [
         insert_buffer(module, f"{old.name}_{what}", tensor, before=node)
@@ -241,7 +260,7 @@ def _repeat_bias(module: GraphModule, node: Node, bias: Any, repeats: int) -> No
     if not isinstance(bias, Node):
         return None
     if bias.op == "get_attr":
-        values = attribute(module, str(bias.target)).repeat_interleave(repeats)
+        values = attribute(module, str(bias.target)).repeat(repeats)
         return insert_buffer(module, f"{bias.target}_phases", values, before=node)
     encoding = dialect.encoding_of(module, bias) if bias.target is dialect.DEQUANTIZE else None
     codes = bias.args[0] if encoding is not None else None
@@ -251,5 +270,5 @@ def _repeat_bias(module: GraphModule, node: Node, bias: Any, repeats: int) -> No
         or codes.op != "get_attr"
     ):
         return None
-    repeated = attribute(module, str(codes.target)).repeat_interleave(repeats)
+    repeated = attribute(module, str(codes.target)).repeat(repeats)
     return _decode_new(module, node, bias, repeated, encoding, repeats)

@@ -26,9 +26,10 @@ from qgraph.graph.edges import in_edges
 
 aten = torch.ops.aten
 # quantize(f(x)) = f(quantize(x)) for these: they pick or move elements, and order is kept.
-_COMMUTING = frozenset(
-    {aten.max_pool2d.default, aten.max_pool1d.default, aten.pixel_shuffle.default}
-)
+_COMMUTING = frozenset({
+    aten.max_pool2d.default, aten.max_pool1d.default, aten.pixel_shuffle.default,
+    aten.permute.default, aten.reshape.default, aten.view.default, aten.flatten.using_ints,
+})  # fmt: skip
 
 
 def place(module: GraphModule) -> None:
