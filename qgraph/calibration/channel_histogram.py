@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qgraph.calibration.histogram import Bins
-from qgraph.calibration.statistics import Observation, Statistic, count_indices
+from qgraph.calibration.statistics import Axes, Observation, Statistic, count_indices
 from qgraph.errors import ConfigError
 
 MIN_EXPONENT = -64
@@ -23,7 +23,7 @@ class ChannelHistogram(Statistic):
     """Histogram [C, 2 * half + 1] of each channel: negative bins, zero, positive bins.
 
     Args:
-        axis: channel axis.
+        axis: channel axis; several (head and channel) count as one, flattened in that order.
         half: bins on each side of zero, a power of two.
         positions: at most so many positions per sample (0: all).
 
@@ -38,7 +38,7 @@ class ChannelHistogram(Statistic):
     counts: Tensor | None
     exponent: Tensor | None
 
-    def __init__(self, axis: int = -1, half: int = 128, positions: int = 16) -> None:
+    def __init__(self, axis: Axes = -1, half: int = 128, positions: int = 16) -> None:
         if half < 2 or half & (half - 1):
             msg = f"half={half}; allowed: powers of two from 2"
             raise ConfigError(msg)

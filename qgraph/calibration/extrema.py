@@ -8,7 +8,7 @@ from typing import ClassVar, Self, TypeVar
 import torch
 from torch import Tensor
 
-from qgraph.calibration.statistics import Extrema, Observation, Statistic
+from qgraph.calibration.statistics import Axes, Extrema, Observation, Statistic
 
 
 class _Extremes(Statistic):
@@ -74,7 +74,8 @@ class ChannelRange(_Extremes):
     """Smallest and largest finite value per channel.
 
     Args:
-        axis: channel axis: -1 for inputs of linear layers, 1 for those of convolutions.
+        axis: channel axis: -1 for inputs of linear layers, 1 for those of convolutions; several
+            (head and channel) count as one, flattened in that order.
 
     Attributes:
         low, high: fp32 [C]; count, nonfinite: int64 [], over all channels.
@@ -82,7 +83,7 @@ class ChannelRange(_Extremes):
 
     OPTIONS: ClassVar[tuple[str, ...]] = ("axis",)
 
-    def __init__(self, axis: int = -1) -> None:
+    def __init__(self, axis: Axes = -1) -> None:
         super().__init__()
         self.axis = axis
 

@@ -46,6 +46,15 @@ def channel_axis(axis: int, ndim: int) -> int:
     return front
 
 
+Axes = int | tuple[int, ...]
+
+
+def channel_axes(axes: Axes, ndim: int) -> tuple[int, ...]:
+    """Channel axes counted from the front; several axes are one channel axis, flattened."""
+    several = axes if isinstance(axes, tuple) else (axes,)
+    return tuple(channel_axis(axis, ndim) for axis in several)
+
+
 class Observation:
     """One tensor as statistics see it: fp32, with lazily computed, shared reads.
 
@@ -66,7 +75,7 @@ class Observation:
         fits = mask is not None and mask.ndim + 1 == x.ndim and mask.shape == x.shape[:-1]
         self.mask = mask.to(x.device, torch.bool) if fits and mask is not None else None
         self._extrema: Extrema | None = None
-        self._channels: dict[int, Extrema] = {}
+        self._channels: dict[tuple[int, ...], Extrema] = {}
         self._rows: Tensor | None = None
         self._samples: dict[tuple[int, int, int], Sample] = {}
 
@@ -95,22 +104,25 @@ class Observation:
                 low, high = per_channel.low.amin(), per_channel.high.amax()
                 self._extrema = Extrema(low, high, per_channel.seen, per_channel.nonfinite)
             else:
-                self._extrema = self._reduce(None)
+                self._extrema = self._reduce(())
         return self._extrema
 
-    def channel_extrema(self, axis: int) -> Extrema:
-        """Extrema per channel of `axis`."""
-        axis = channel_axis(axis, self.x.ndim)
-        if axis not in self._channels:
-            self._channels[axis] = self._reduce(axis)
-        return self._channels[axis]
+    def channel_extrema(self, axis: Axes) -> Extrema:
+        """Extrema per channel of `axis`; several axes (such as head and channel) are flattened."""
+        axes = channel_axes(axis, self.x.ndim)
+        if axes not in self._channels:
+            found = self._reduce(axes)
+            self._channels[axes] = found._replace(
+                low=found.low.flatten(), high=found.high.flatten()
+            )
+        return self._channels[axes]
 
-    def _reduce(self, axis: int | None) -> Extrema:
+    def _reduce(self, axes: tuple[int, ...]) -> Extrema:
         x, weight = self.x, self.mask
-        if weight is not None and self.on_host and axis in {None, x.ndim - 1}:
-            x, weight, axis = self.rows(), None, None if axis is None else 1
-        dims = [d for d in range(x.ndim) if d != axis]
-        shape = [] if axis is None else [x.shape[axis]]
+        if weight is not None and self.on_host and axes in {(), (x.ndim - 1,)}:
+            x, weight, axes = self.rows(), None, (1,) if axes else ()
+        dims = [d for d in range(x.ndim) if d not in axes]
+        shape = [x.shape[axis] for axis in axes]
         if x.numel() == 0:
             return Extrema(x.new_full(shape, INF), x.new_full(shape, -INF), 0, 0)
         if self.on_host and weight is None:
@@ -148,16 +160,18 @@ class Observation:
         tokens = torch.arange(0, length, stride, device=x.device) // x.shape[-1]
         return Sample(values, self.mask.flatten(1)[:, tokens])
 
-    def vectors(self, axis: int, count: int) -> Sample:
+    def vectors(self, axis: Axes, count: int) -> Sample:
         """Vectors [B, n, C] along `axis`, at n <= `count` fixed positions of each sample."""
-        axis = channel_axis(axis, self.x.ndim)
-        y = self.x.movedim(axis, -1)
-        if y.ndim == 2:
-            return Sample(y.unsqueeze(1), None if self.mask is None else self.mask.unsqueeze(1))
-        flat, index = spread_indices(tuple(y.shape[1:-1]), count, y.device)
-        use_mask = self.mask is not None and axis == self.x.ndim - 1
+        axes = channel_axes(axis, self.x.ndim)
+        y = self.x.movedim(axes, tuple(range(-len(axes), 0)))
+        inner = tuple(y.shape[1 : -len(axes)])
+        if not inner:
+            keep = None if self.mask is None else self.mask.unsqueeze(1)
+            return Sample(y.flatten(1).unsqueeze(1), keep)
+        flat, index = spread_indices(inner, count, y.device)
+        use_mask = self.mask is not None and axes == (self.x.ndim - 1,)
         keep = self.mask.flatten(1)[:, flat] if use_mask and self.mask is not None else None
-        return Sample(self.at(y, index), keep)
+        return Sample(self.at(y, index).flatten(2), keep)
 
 
 def count_indices(index: Tensor, size: int) -> Tensor:
