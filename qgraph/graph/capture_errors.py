@@ -46,8 +46,8 @@ _CAUSES = (
         "express the step with torch operations, or move it before or after the model",
     ),
     _Cause(
-        r"Unsupported (in|out)put type|not registered|not a known type|register_(dataclass|pytree|constant)|"
-        r"register a pytree",
+        r"Unsupported (in|out)put type|not registered|not a known type|"
+        r"register_(dataclass|pytree|constant)|register a pytree",
         "an input or output is of a class that torch cannot take apart",
         "return tensors in tuples, dicts or dataclasses, or register the class with "
         "torch.export.register_dataclass",

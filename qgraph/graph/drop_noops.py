@@ -73,6 +73,8 @@ def drop_noops(module: GraphModule) -> bool:
         node.replace_all_uses_with(source)
         module.graph.erase_node(node)
         changed = True
+    if changed:
+        drop_dead_code(module)  # sizes that only the dropped nodes read
     return changed
 
 

@@ -37,10 +37,15 @@ _NORMS = frozenset({
 
 @dataclass(frozen=True, slots=True)
 class _Affine:
-    """``y = x * factor + shift``; float64 vectors of one entry per channel."""
+    """``y = x * factor + shift``; float64 vectors of one entry per channel.
+
+    Attributes:
+        dtype: what the constants of the graph had, and get again.
+    """
 
     factor: Tensor
     shift: Tensor
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +118,7 @@ def _match(module: GraphModule, node: Node) -> _Norm | None:
     factor = factor if gamma is None else factor * gamma.double()
     shift = -mean.double() * factor
     shift = shift if beta is None else shift + beta.double()
-    return _Norm(node, result, _Affine(factor, shift))
+    return _Norm(node, result, _Affine(factor, shift, variance.dtype))
 
 
 def _can_fold(source: Node, reader: Node) -> bool:
@@ -165,13 +170,12 @@ def _scale_outputs(weight: Tensor, factor: Tensor, source: Node, groups: int) ->
 
 def _as_mul_add(module: GraphModule, norm: _Norm, source: Node) -> Node:
     shape = (-1, *[1] * (rank_of(source) - 2))
-    dtype = source.meta["val"].dtype
     result, node = source, norm.node
     for hint, target, values in (
         ("scale", aten.mul.Tensor, norm.affine.factor),
         ("shift", aten.add.Tensor, norm.affine.shift),
     ):
-        value = values.to(dtype).reshape(shape)
+        value = values.to(norm.affine.dtype).reshape(shape)
         constant = insert_buffer(module, f"{node.name}_{hint}", value, before=node)
         result = insert_call(module, target, result, constant, like=node, before=node)
     return result
@@ -188,7 +192,7 @@ def _match_affine(module: GraphModule, node: Node) -> tuple[Node, _Affine] | Non
     if constant is None or not isinstance(source, Node) or not _can_fold(source, node):
         return None
     axis, value = _channel_axis(source), source.meta["val"]
-    if constant.dtype != value.dtype or constant.ndim > value.ndim:
+    if not constant.is_floating_point() or constant.ndim > value.ndim:
         return None
     shape = (*[1] * (value.ndim - constant.ndim), *constant.shape)
     channels = int(shape_of(source)[axis])
@@ -197,12 +201,14 @@ def _match_affine(module: GraphModule, node: Node) -> tuple[Node, _Affine] | Non
     vector = constant.double().reshape(-1).expand(channels)
     one, zero = torch.ones_like(vector), torch.zeros_like(vector)
     if node.target is aten.mul.Tensor:
-        return source, _Affine(vector, zero)
-    if node.target is aten.div.Tensor:
-        return source, _Affine(one / vector, zero)
-    if node.target is aten.sub.Tensor:
-        return source, _Affine(-one, vector) if swapped else _Affine(one, -vector)
-    return source, _Affine(one, vector)
+        factor, shift = vector, zero
+    elif node.target is aten.div.Tensor:
+        factor, shift = one / vector, zero
+    elif node.target is aten.sub.Tensor:
+        factor, shift = (-one, vector) if swapped else (one, -vector)
+    else:
+        factor, shift = one, vector
+    return source, _Affine(factor, shift, constant.dtype)
 
 
 _AFFINE = frozenset({aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor})

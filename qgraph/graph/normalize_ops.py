@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qgraph.graph.build import insert_call
+from qgraph.graph.drop_noops import drop_dead_code
 from qgraph.graph.ops import argument, constants
 from qgraph.graph.sizes import rank_of
 
@@ -129,6 +130,8 @@ def recompose_products(module: GraphModule) -> bool:
         if new is not None:
             _replace(module, node, new)
             changed = True
+    if changed:
+        drop_dead_code(module)  # transposes that nothing reads any more
     return changed
 
 
@@ -148,12 +151,19 @@ def _as_linear(
     left, right = pair
     if right not in known or left in known or rank_of(right) != 2 or rank_of(left) < 1:
         return None
-    if right.target is aten.transpose.int and right.args[0] in known:
-        weight = right.args[0]
-    else:
+    weight = _transposed_source(right)
+    if weight is None:
         weight = insert_call(module, aten.transpose.int, right, 0, 1, like=node, before=node)
     args = (left, weight) if bias is None else (left, weight, bias)
     return insert_call(module, aten.linear.default, *args, like=node, before=node)
+
+
+def _transposed_source(node: Node) -> Node | None:
+    """The matrix that the node transposes, or None."""
+    flips = node.target is aten.transpose.int and node.args[1] != node.args[2]
+    flips |= node.target is aten.permute.default and list(node.args[1]) == [1, 0]  # type: ignore[arg-type]
+    source = node.args[0] if flips or node.target is aten.numpy_T.default else None
+    return source if isinstance(source, Node) else None
 
 
 def _addmm(module: GraphModule, node: Node, known: set[Node]) -> Node:
