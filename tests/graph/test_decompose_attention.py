@@ -218,7 +218,7 @@ def test_multi_head_attention_opens_into_linear_matmul_and_softmax(need_weights)
             self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-            return self.attention(x, x, x, need_weights=need_weights)  # type: ignore[no-any-return]
+            return self.attention(x, x, x, need_weights=need_weights)
 
     module = assert_rewrites(randomize(Self()), (torch.randn(2, 5, 8),))
     counts = ops(module)
