@@ -66,7 +66,7 @@ class Context:
     adapt: Callable[[Any], Batch] | None = None
     num_batches: int = 0
     reference: GraphModule | None = None
-    statistics: dict[Node, FusedStatistics] = field(default_factory=dict)
+    statistics: dict[Node | tuple[Node, ...], FusedStatistics] = field(default_factory=dict)
     plan: Plan = field(default_factory=Plan)
     decisions: list[Decision] = field(default_factory=list)
     ignore: Ignore = field(default_factory=Ignore)
