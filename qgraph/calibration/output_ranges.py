@@ -15,7 +15,7 @@ from qgraph.errors import CalibrationError, ConfigError
 from qgraph.formats.affine import IntGrid
 
 CELLS = 1 << 19  # elements of quantized rows held at once
-SCHEDULE = Schedule(coarse=6, fine=3, rounds=2, smallest=2.0**-4)
+SCHEDULE = Schedule(coarse=6, fine=3, rounds=3, smallest=2.0**-2.5)
 
 
 def sketch(weight: Tensor, projections: int, seed: int = 0) -> Tensor:
@@ -32,21 +32,37 @@ def sketch(weight: Tensor, projections: int, seed: int = 0) -> Tensor:
     return mixed
 
 
+def row_importance(rows: Tensor, weight: Tensor) -> Tensor:
+    """fp32 [N]: one over each row's output energy, plus the median energy.
+
+    What follows a layer mostly divides by the size of its output (a normalisation, a softmax, a
+    residual sum of like size), so errors count relative to their row. Without this, the few rows
+    with massive activations decide alone and all others lose their resolution.
+    """
+    energy = (rows @ weight.T).square().sum(1)
+    return 1.0 / (energy + energy.median()).clamp(min=torch.finfo(torch.float32).tiny)
+
+
 def output_error(
-    rows: Tensor, weight: Tensor, codes: CodeRange, low: Tensor, high: Tensor
+    rows: Tensor,
+    weight: Tensor,
+    codes: CodeRange,
+    ends: tuple[Tensor, Tensor],
+    importance: Tensor | None = None,
 ) -> Tensor:
-    """``sum |(Q(x) - x) W^T|^2`` over rows [N, C] for K candidate ranges; fp64 [K]."""
-    scale, bottom, top = (v.to(rows)[:, None, None] for v in codes.grid(low, high))
+    """``sum_n m_n |(Q(x_n) - x_n) W^T|^2`` over rows [N, C] for K ranges `ends`; fp64 [K]."""
+    scale, bottom, top = (v.to(rows)[:, None, None] for v in codes.grid(*ends))
     losses = []
     size = max(1, CELLS // max(1, rows.numel()))
     for part in range(0, scale.shape[0], size):
         s, b, t = (v[part : part + size] for v in (scale, bottom, top))
         error = (rows / s).round_().mul_(s).clamp_(b, t).sub_(rows)
-        losses.append((error @ weight.T).square_().sum(dim=(1, 2), dtype=torch.float64))
+        energy = (error @ weight.T).square_().sum(2, dtype=torch.float64)
+        losses.append(energy.sum(1) if importance is None else energy @ importance.double())
     return torch.cat(losses).cpu()
 
 
-def choose_range_for_output(
+def choose_range_for_output(  # noqa: PLR0913 - all options are keyword-only
     rows: Tensor,
     weight: Tensor,
     *,
@@ -56,16 +72,18 @@ def choose_range_for_output(
     signed: bool = False,
     symmetric: bool = False,
     narrow: bool = False,
+    relative: bool = True,
     is_gram: bool = False,
     projections: int | None = 64,
 ) -> tuple[float, float]:
-    """Choose the clip range with the smallest squared error of a layer's output.
+    """Choose the clip range with the smallest (relative) squared error of a layer's output.
 
     Args:
         rows: sampled inputs of the layer, fp32 [N, C].
         weight: the layer's weight [O, C] (several consumers: stacked along O), or with `is_gram`
             ``W^T W`` [C, C].
         low, high: the exact range of the inputs; no choice exceeds it.
+        relative: errors count relative to their row's output, see `row_importance`.
         bits, signed, symmetric, narrow: as in `choose_range`.
         projections: outputs are projected to so many random directions; None: exact.
 
@@ -92,8 +110,10 @@ def choose_range_for_output(
     grid = IntGrid(bits, signed, narrow)
     codes = CodeRange(grid.qmin, grid.qmax, symmetric)
 
+    importance = row_importance(rows, factor) if relative else None
+
     def objective(lows: Tensor, highs: Tensor) -> Tensor:
-        return output_error(rows, factor, codes, lows, highs)
+        return output_error(rows, factor, codes, (lows, highs), importance)
 
     return search_clip(objective, low, high, tied=symmetric, schedule=SCHEDULE)
 

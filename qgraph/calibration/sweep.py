@@ -24,6 +24,7 @@ from qgraph.graph.build import shallow_copy
 from qgraph.graph.verify import where
 
 Key = Node | tuple[Node, ...]
+Wanted = FusedStatistics | Sequence[Statistic]
 Masks = Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]
 Progress = Callable[[str, int, int], None]
 
@@ -95,7 +96,8 @@ def instrument(
     clone = shallow_copy(module)
     twins = dict(zip(module.graph.nodes, clone.graph.nodes, strict=True))
     position = {node: at for at, node in enumerate(module.graph.nodes)}
-    first = next(node for node in clone.graph.nodes if node.op != "placeholder")
+    # generated code binds the inputs where the last placeholder stands
+    bound = [node for node in clone.graph.nodes if node.op == "placeholder"][-1:]
     for number, (key, fused) in enumerate(statistics.items()):
         nodes = key if isinstance(key, tuple) else (key,)
         if any(node not in twins for node in nodes):
@@ -104,12 +106,7 @@ def instrument(
         name = f"_tap_{number}"
         clone.add_submodule(name, _Tap(nodes, fused, run))
         last = twins[max(nodes, key=lambda node: position[node])]
-        spot = (
-            clone.graph.inserting_before(first)
-            if last.op == "placeholder"
-            else clone.graph.inserting_after(last)
-        )
-        with spot:
+        with clone.graph.inserting_after(bound[0] if last.op == "placeholder" else last):
             clone.graph.call_module(name, tuple(twins[node] for node in nodes))
     clone.recompile()
     return clone
@@ -119,7 +116,7 @@ def instrument(
 def collect(
     module: GraphModule,
     loader: Iterable[Any],
-    requests: Mapping[Node, FusedStatistics] | Mapping[Key, FusedStatistics | list[Statistic]],
+    requests: Mapping[Node, Wanted] | Mapping[Key, Wanted],
     *,
     adapt: Callable[[Any], Arguments] | None = None,
     row_masks: Masks | None = None,

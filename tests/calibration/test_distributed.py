@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from qgraph.calibration import FusedStatistics, Histogram, Moments, Range, Reservoir, all_reduce
 from qgraph.errors import CalibrationError
@@ -51,7 +51,7 @@ def test_two_ranks_end_with_the_statistics_of_all_data():
     whole = fresh()
     whole.update(data())
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, (folder,), nprocs=2)
+        spawn(worker, (folder,), nprocs=2)
         ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
         for states in ranks:
             for state in states:
