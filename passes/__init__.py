@@ -2,10 +2,12 @@
 """Transformations, one file each, named after what it does."""
 
 from qgraph.passes.calibrate import Calibrate
+from qgraph.passes.center_keys import CenterKeys
 from qgraph.passes.choose_ranges import ChooseRanges
 from qgraph.passes.choose_weight_scales import ChooseWeightScales
 from qgraph.passes.drop_noops import DropNoops
 from qgraph.passes.fold_batch_norm import FoldBatchNorm
+from qgraph.passes.fold_key_signs import FoldKeySigns
 from qgraph.passes.hoist_quantizers import HoistQuantizers
 from qgraph.passes.insert_quantizers import InsertQuantizers
 from qgraph.passes.normalize_ops import NormalizeOps
@@ -13,6 +15,7 @@ from qgraph.passes.open_attention import OpenAttention
 from qgraph.passes.pack_weights import PackWeights
 from qgraph.passes.plan_sites import PlanSites
 from qgraph.passes.quantize_biases import QuantizeBiases
+from qgraph.passes.use_dual_regions import UseDualRegions
 from qgraph.pipeline import Pass
 
 ALL: tuple[type[Pass], ...] = (
@@ -22,6 +25,9 @@ ALL: tuple[type[Pass], ...] = (
     OpenAttention,
     PlanSites,
     Calibrate,
+    CenterKeys,
+    FoldKeySigns,
+    UseDualRegions,
     ChooseRanges,
     ChooseWeightScales,
     InsertQuantizers,
@@ -33,10 +39,12 @@ ALL: tuple[type[Pass], ...] = (
 __all__ = [
     "ALL",
     "Calibrate",
+    "CenterKeys",
     "ChooseRanges",
     "ChooseWeightScales",
     "DropNoops",
     "FoldBatchNorm",
+    "FoldKeySigns",
     "HoistQuantizers",
     "InsertQuantizers",
     "NormalizeOps",
@@ -44,4 +52,5 @@ __all__ = [
     "PackWeights",
     "PlanSites",
     "QuantizeBiases",
+    "UseDualRegions",
 ]

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Give softmax and GELU-like outputs a dual-region format where that measurably helps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from qgraph.calibration import (
+    Histogram,
+    JointReservoir,
+    Reservoir,
+    affine_parameters,
+    choose_range,
+    choose_range_for_output,
+)
+from qgraph.calibration.clip_grid import CodeRange, search_clip
+from qgraph.calibration.output_ranges import sketch
+from qgraph.calibration.ranges import expected_error
+from qgraph.calibration.table_error import table_error
+from qgraph.context import Context
+from qgraph.formats import AffineEncoding, Encoding, IntGrid, LevelEncoding, check_bits
+from qgraph.formats.dual_region import (
+    dual_region,
+    duplicate_codes,
+    region_size,
+    shift_of,
+    signed_dual_region,
+)
+from qgraph.graph.ignore import Ignore
+from qgraph.graph.ops import OpKind
+from qgraph.graph.plan import Site
+from qgraph.graph.requests import Request
+from qgraph.graph.seen_through import activation_behind, softmax_behind
+from qgraph.passes.choose_ranges import output_weight
+from qgraph.pipeline import Fact, Pass, Promise
+
+PRODUCTS = frozenset({OpKind.LINEAR, OpKind.CONV, OpKind.MATMUL})
+TOPS = 10  # clip candidates of a signed format, 2^(1/4) apart
+JOINT_CELLS = 1 << 18  # elements of V that the joint sample of one attention may hold
+
+Score = Callable[[Encoding], float]
+
+
+@dataclass(frozen=True)
+class UseDualRegions(Pass):
+    """Replace the affine format of post-softmax and post-GELU operands by a dual-region one.
+
+    Matches operands of linears, convolutions and matrix products that come from a softmax (split
+    ``m`` searched, 1.0 stays representable) or from a GELU-like function (split and steps
+    searched; the sign picks the region), through any data movement. Splits are ranked by expected
+    error over the value's histogram, and the best few by the error that the consumer's output
+    sees on sampled rows. The affine format competes with a range searched by the same score.
+
+    Attributes:
+        min_gain_db: the format must lower that error by so much, else the site stays affine.
+        max_shift: largest split tried; default ``bits - 1``.
+        rows: sampled rows behind the output-aware score.
+        skip: globs of consumers that are left alone.
+        force: globs of consumers that get the format whatever the benefit test says.
+    """
+
+    name: ClassVar[str] = "use-dual-regions"
+    promise: ClassVar[Promise] = Promise.IDENTICAL
+    requires: ClassVar[frozenset[str]] = frozenset({Fact.PLANNED, Fact.STATISTICS})
+
+    min_gain_db: float = 0.2
+    max_shift: int | None = None
+    rows: int = 64
+    skip: tuple[str, ...] = ()
+    force: tuple[str, ...] = ()
+
+    def statistics(self, module: GraphModule, context: Context) -> Iterable[Request]:  # noqa: D102
+        for (value, _), sites in matched(context).items():
+            yield Request(value, "Range")
+            yield Request(value, "Histogram")
+            if joint := joint_request(sites, self.rows):
+                yield joint
+            if activation_behind(value) and output_weight(module, sites) is not None:
+                yield Request(value, "Reservoir", (("axis", sites[0].axis), ("rows", self.rows)))
+
+    def run(self, module: GraphModule, context: Context) -> bool:  # noqa: D102
+        for (value, bits), sites in matched(context).items():
+            if any(Ignore.of(self.skip).matches(site.edge.consumer) for site in sites):
+                context.record(self.name, value, "kept", "left alone on request")
+                continue
+            self._decide(module, context, value, sites, bits)
+        return False
+
+    def _decide(
+        self, module: GraphModule, context: Context, value: Node, sites: list[Site], bits: int
+    ) -> None:
+        seen = context.statistics[value]
+        low, high = seen.range().bounds()
+        bins = seen.get(Histogram).bins()
+        if low == high:
+            context.record(self.name, value, "refused", "the value is constant")
+            return
+        if softmax_behind(value) and not (low >= 0.0 and high <= 1.0 + 1e-5):
+            context.record(self.name, value, "refused", f"not in [0, 1]: [{low:.4g}, {high:.4g}]")
+            return
+        shifts = range((bits - 1 if self.max_shift is None else self.max_shift) + 1)
+        candidates = (
+            [dual_region(bits, shift) for shift in shifts]
+            if softmax_behind(value)
+            else signed_candidates(bits, shifts, high)
+        )
+        expected = table_error(bins, candidates)
+        score, affine = self._rivals(module, context, value, sites, bits)
+        if score is None:
+            best = candidates[int(expected.argmin())]
+            error = float(expected.min())
+            grid = CodeRange(0, (1 << bits) - 1, symmetric=False)
+            other = float(expected_error(bins, grid, *(torch.tensor([v]).double() for v in affine)))
+        else:
+            short = shortlist(candidates, expected)
+            scored = [(score(each), at) for at, each in enumerate(short)]
+            error, at = min(scored)
+            best, other = short[at], score(affine_encoding(*affine, bits))
+        self._conclude(context, value, sites, best, error, other)
+
+    def _rivals(
+        self, module: GraphModule, context: Context, value: Node, sites: list[Site], bits: int
+    ) -> tuple[Score | None, tuple[float, float]]:
+        """The score on sampled rows (None: only the histogram), and the best affine range."""
+        seen = context.statistics[value]
+        low, high = seen.range().bounds()
+        joint = joint_request(sites, self.rows)
+        if joint is not None:
+            first, second = context.statistics[value, *joint.partners].get(JointReservoir).sampled()
+            attend = attention_score(first, second)
+            return attend, best_affine(attend, low, high, bits)
+        weight = output_weight(module, sites)
+        if weight is not None and (rows := seen.find(Reservoir)) is not None:
+            found = choose_range_for_output(rows.sampled(), weight, low=low, high=high, bits=bits)
+            return linear_score(rows.sampled(), weight), found
+        return None, choose_range(seen.get(Histogram), seen.range(), bits=bits)
+
+    def _conclude(
+        self, context: Context, value: Node, sites: list[Site], best: LevelEncoding,
+        error: float, other: float,
+    ) -> None:  # fmt: skip
+        gain = 10 * math.log10(max(other, 1e-300) / max(error, 1e-300))
+        shift = shift_of(best)
+        numbers = {
+            "gain_db": gain, "shift": float(shift), "bits": float(best.bits),
+            "unused_codes": float(duplicate_codes(best)),
+        }  # fmt: skip
+        forced = any(Ignore.of(self.force).matches(site.edge.consumer) for site in sites)
+        if gain < self.min_gain_db and not forced:
+            why = f"affine is as good: {gain:+.2f} dB, needed {self.min_gain_db:g}"
+            context.record(self.name, value, "kept", why, **numbers)
+            return
+        reason = f"regions 2^{shift} apart, {gain:+.2f} dB against affine"
+        for site in sites:
+            site.decide(best, self.name, reason)
+        context.record(self.name, value, "applied", reason, **numbers)
+
+
+def matched(context: Context) -> dict[tuple[Node, int], list[Site]]:
+    """Undecided operands of products that come from a softmax or a GELU-like function."""
+    found = {}
+    for key, sites in context.plan.by_value(undecided_only=True).items():
+        here = [site for site in sites if site.kind in PRODUCTS]
+        attended = softmax_behind(key[0]) and any(site.kind is OpKind.MATMUL for site in here)
+        if here and (attended or activation_behind(key[0])):
+            found[key] = here
+    return found
+
+
+def signed_candidates(bits: int, shifts: Iterable[int], high: float) -> list[LevelEncoding]:
+    """Fine steps and splits whose coarse top lies at ``high`` or up to 2^2.5 below."""
+    check_bits(bits)
+    tops = max(high, 1e-6) * torch.exp2(-torch.arange(TOPS, dtype=torch.float64) / 4)
+    size = region_size(bits)
+    return [
+        signed_dual_region(bits, shift, (top / ((size - 1) << shift)).float())
+        for shift in shifts
+        for top in tops
+    ]
+
+
+def shortlist(candidates: list[LevelEncoding], expected: Tensor) -> list[LevelEncoding]:
+    """Per clip the split of the smallest expected error.
+
+    The histogram alone must not choose the clip: it hardly sees the few large values on which
+    the consumer's output depends.
+    """
+    best: dict[float, int] = {}
+    for at, each in enumerate(candidates):
+        top = round(math.log2(float(each.scale) * int(each.levels[-1])), 3)
+        if top not in best or expected[at] < expected[best[top]]:
+            best[top] = at
+    return [candidates[at] for at in best.values()] if len(best) > 1 else candidates
+
+
+def joint_request(sites: Sequence[Site], rows: int) -> Request | None:
+    """Rows of A with their V, where A is the left operand of one batched product."""
+    if len(sites) != 1 or sites[0].kind is not OpKind.MATMUL or sites[0].edge.path != (0,):
+        return None
+    value, other = sites[0].value, sites[0].edge.consumer.args[1]
+    if not softmax_behind(value) or not isinstance(other, Node) or other.op == "get_attr":
+        return None
+    first, second = value.meta["val"].shape, other.meta["val"].shape
+    same = [str(a) == str(b) for a, b in zip(first[:-2], second[:-2], strict=False)]
+    if len(first) != len(second) or len(first) < 3 or not all(same):
+        return None
+    sizes = [int(s) if isinstance(s, int) else 64 for s in second[-2:]]
+    kept = min(rows, JOINT_CELLS // max(1, sizes[0] * sizes[1]))
+    if kept < 8:
+        return None
+    leads = (len(first) - 1, len(first) - 2)
+    options = (("leads", leads), ("per_sample", 1), ("rows", kept))
+    return Request(value, "JointReservoir", options, (other,))
+
+
+def attention_score(rows: Tensor, values: Tensor) -> Score:
+    """``|(q(A) - A) V|^2`` over sampled rows A [n, S] with their V [n, S, D]."""
+    return lambda encoding: float(
+        torch.bmm((encoding.fake(rows) - rows).unsqueeze(1), values).square().sum()
+    )
+
+
+def linear_score(rows: Tensor, weight: Tensor) -> Score:
+    """``|(q(x) - x) W^T|^2`` over sampled rows [n, C], the outputs projected to 64 directions."""
+    factor = sketch(weight, 64)
+    return lambda encoding: float(((encoding.fake(rows) - rows) @ factor.T).square().sum())
+
+
+def best_affine(score: Score, low: float, high: float, bits: int) -> tuple[float, float]:
+    """The affine range of the smallest score."""
+
+    def losses(lows: Tensor, highs: Tensor) -> Tensor:
+        pairs = zip(lows.tolist(), highs.tolist(), strict=True)
+        return torch.tensor([score(affine_encoding(a, b, bits)) for a, b in pairs])
+
+    return search_clip(losses, min(low, 0.0), max(high, 0.0))
+
+
+def affine_encoding(low: float, high: float, bits: int) -> AffineEncoding:
+    """Unsigned affine codes over a range."""
+    grid = IntGrid(bits, signed=False)
+    scale, zero_point = affine_parameters(low, high, grid.qmin, grid.qmax, symmetric=False)
+    return AffineEncoding(scale=scale, zero_point=zero_point, qmin=grid.qmin, qmax=grid.qmax)
