@@ -54,6 +54,18 @@ def static_bound(weight: Tensor, axis: int, data: tuple[int, int], bias: Tensor 
     return int(total.max())
 
 
+def total_range(weight: Tensor, axis: int, data: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Smallest and largest complete sum of each output channel (float64, exact).
+
+    Tighter than a bound on partial sums: for kernels that add up in int32 and round only the
+    result. Data levels must include 0, which padding contributes.
+    """
+    channels = weight.to(torch.float64).movedim(axis, 0).flatten(1)
+    positive, negative = channels.clamp_min(0).sum(1), channels.clamp_max(0).sum(1)
+    low, high = min(data[0], 0), max(data[1], 0)
+    return positive * low + negative * high, positive * high + negative * low
+
+
 def dynamic_bound(length: Any, first: tuple[int, int], second: tuple[int, int]) -> int:
     """Largest absolute partial sum of a product of two computed operands."""
     return largest(length) * magnitude(first) * magnitude(second)

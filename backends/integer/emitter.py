@@ -18,7 +18,9 @@ from torch.fx.node import map_arg
 
 from qgraph.backends.arithmetic import Clamp, code_limits, multiplier
 from qgraph.backends.integer.choice import KernelChoice, choose
+from qgraph.backends.integer.kernels import LOOKUP
 from qgraph.backends.integer.opaque import opaque
+from qgraph.backends.integer.ranking import HalfSteps, half_steps
 from qgraph.backends.integer.reuse import reuse_buffers
 from qgraph.backends.integer.storage import Storage
 from qgraph.backends.integer.values import Coded, Pending, Product
@@ -29,7 +31,7 @@ from qgraph.backends.tables import all_codes, chain_table
 from qgraph.formats import AffineEncoding, Encoding, LevelEncoding
 from qgraph.formats.base import along
 from qgraph.formats.levels import levels_of
-from qgraph.graph.dialect import QUANTIZE_LEVELS
+from qgraph.graph.dialect import QUANTIZE_LEVELS, is_quantize
 
 aten = torch.ops.aten
 _VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
@@ -48,7 +50,7 @@ class Emitter:
         self.env: dict[Node, Any] = {}
         self.choices: dict[Node, KernelChoice] = {}
         self.codes: dict[str, Coded] = {}
-        self._memo: dict[Any, Any] = {}
+        self.memo: dict[Any, Any] = {}
         self._names: dict[str, int] = {}
         self._owned: set[Node] = set()
         self._current: Node | None = None
@@ -92,6 +94,13 @@ class Emitter:
         self.root.register_buffer(name, tensor.detach())
         return self.graph.get_attr(name)
 
+    def lookup(self, hint: str, table: Tensor, index: Node) -> Node:
+        """Entries of a table at non-negative integers; compilers see a gather they can fuse."""
+        entries = self.buffer(hint, table)
+        if not self.compiled:
+            return self.call(LOOKUP, entries, index)
+        return self.call(aten.index.Tensor, entries, [self.call(aten.to.dtype, index, torch.int32)])
+
     # -- nodes by role -------------------------------------------------------------------
 
     def _emit(self, node: Node) -> None:
@@ -112,7 +121,7 @@ class Emitter:
                 self.codes[node.name] = coded
                 return coded
             case Role.READ:
-                return self._coded(node.args[0], self.semantics.levels[node].encoding)  # type: ignore[arg-type]
+                return self.coded(node.args[0], self.semantics.levels[node].encoding)  # type: ignore[arg-type]
             case Role.TABLE:
                 return self.env[node.args[0]]  # type: ignore[index]
             case Role.MOVE:
@@ -136,9 +145,11 @@ class Emitter:
                 return Coded(self._moved(node, coded.node), coded.storage)
         args, kwargs = map_arg(node.args, self.plain), map_arg(node.kwargs, self.plain)
         target = aten.reshape.default if node.target in _VIEWS else node.target
-        return self.call(opaque(target) if self.compiled else target, *args, **kwargs)
+        emitted = self.call(opaque(target) if self.compiled else target, *args, **kwargs)
+        emitted.meta["val"] = node.meta.get("val")
+        return emitted
 
-    def _coded(self, node: Node, encoding: Encoding) -> Coded:
+    def coded(self, node: Node, encoding: Encoding) -> Coded:
         """Codes of a node; those of constants and graph inputs are brought into storage."""
         value = self.env.get(node)
         if isinstance(value, Coded):
@@ -182,14 +193,14 @@ class Emitter:
         return Coded(self._moved(node, source.node), source.storage)
 
     def _operand(self, node: Any) -> Coded:
-        return self._coded(node, self.semantics.levels[node].encoding)
+        return self.coded(node, self.semantics.levels[node].encoding)
 
     def _replay(self, payload: Node, moves: tuple[Node, ...]) -> Node:
         for move in moves:
             key = ("move", payload, move)
-            if key not in self._memo:
-                self._memo[key] = self._moved(move, payload)
-            payload = self._memo[key]
+            if key not in self.memo:
+                self.memo[key] = self._moved(move, payload)
+            payload = self.memo[key]
         return payload
 
     # -- readers -------------------------------------------------------------------------
@@ -197,9 +208,12 @@ class Emitter:
     def plain(self, node: Node) -> Any:
         """The value of a node as an ordinary tensor, materialised where it is in levels."""
         key = ("plain", node)
-        if key not in self._memo:
-            self._memo[key] = self._plain(node)
-        return self._memo[key]
+        if key not in self.memo:
+            value = self._plain(node)
+            if isinstance(value, Node):
+                value.meta.setdefault("val", node.meta.get("val"))
+            self.memo[key] = value
+        return self.memo[key]
 
     def _plain(self, node: Node) -> Any:
         if node in self.semantics.fixed:
@@ -224,9 +238,9 @@ class Emitter:
     ) -> Node:
         """Levels of codes as floats."""
         key = ("levels", coded.node, id(levels.encoding), levels.axis, dtype)
-        if key not in self._memo:
-            self._memo[key] = self._levels(coded, levels, ndim, dtype)
-        node: Node = self._memo[key]
+        if key not in self.memo:
+            self.memo[key] = self._levels(coded, levels, ndim, dtype)
+        node: Node = self.memo[key]
         return node
 
     def _levels(self, coded: Coded, levels: Levels, ndim: int, dtype: torch.dtype) -> Node:
@@ -239,10 +253,9 @@ class Emitter:
             view = along(zero.to(dtype), levels.axis, ndim)
             return self.arithmetic(aten.sub.Tensor, wide, self.buffer("zero_points", view))
         table = levels.encoding.table()
-        index = self.call(aten.to.dtype, coded.node, torch.int64)
         if table.ndim == 1 or levels.axis is None:
-            entries = self.buffer("levels", table.reshape(-1).to(dtype))
-            return self.call(aten.index.Tensor, entries, [index])
+            return self.lookup("levels", table.reshape(-1).to(dtype), coded.node)
+        index = self.call(aten.to.dtype, coded.node, torch.int64)
         entries = self.buffer("levels", table)
         return self.call(
             aten.to.dtype, self.call(levels_of, index, entries, levels.axis), dtype
@@ -251,13 +264,13 @@ class Emitter:
     def _materialized(self, pending: Pending) -> Node:
         product, clamp = pending.product, pending.clamp
         key = ("float", product.node, clamp)
-        if key not in self._memo:
+        if key not in self.memo:
             scale = self.buffer(f"{product.form.node.name}_scale", product.form.scale)
             value = self.arithmetic(aten.mul.Tensor, product.node, scale)
             if not clamp.is_open:
                 value = self.arithmetic(aten.clamp.default, value, clamp.low, clamp.high)
-            self._memo[key] = value
-        node: Node = self._memo[key]
+            self.memo[key] = value
+        node: Node = self.memo[key]
         return node
 
     # -- quantizers ----------------------------------------------------------------------
@@ -276,10 +289,14 @@ class Emitter:
                 small and value.storage.dtype is torch.uint8 and target.scale.numel() == 1
             ):
                 return Coded(self._table(source, value, levels, target), storage)
+        if self._is_joined(source, target):
+            return self._quantize_parts(source, target, storage)
         floats = self.plain(source)
         if isinstance(target, AffineEncoding) and target.block is None:
-            return Coded(self._encoded(node, floats, target, storage), storage)
+            return Coded(self._encoded(source, floats, target, storage), storage)
         if isinstance(target, LevelEncoding):
+            if (steps := half_steps(target)) is not None:
+                return Coded(self._ranked(source, floats, target, steps), storage)
             rest = map_arg(node.args[1:], self.plain)
             return Coded(self.call(QUANTIZE_LEVELS, floats, *rest, **node.kwargs), storage)
         rest = map_arg(node.args[1:], self.plain)
@@ -289,32 +306,66 @@ class Emitter:
         )
         return Coded(self.call(aten.to.dtype, wide, storage.dtype), storage)
 
+    def _ranked(self, source: Node, floats: Node, target: LevelEncoding, steps: HalfSteps) -> Node:
+        """Rank of floats through a table over half steps; see `half_steps`."""
+        scale = self.buffer(f"{source.name}_scale", target.scale.reshape(()))
+        if source.meta["val"].dtype is not torch.float32:
+            floats = self.call(aten.to.dtype, floats, torch.float32)
+        units = self.arithmetic(aten.div.Tensor, floats, scale)
+        halves = self.call(aten.ceil.default, self.arithmetic(aten.mul.Tensor, units, 2.0))
+        inside = self.call(aten.clamp.default, halves, steps.low, steps.high)
+        index = self.call(aten.sub.Tensor, inside, steps.low)
+        return self.lookup(
+            f"{source.name}_ranks", steps.ranks, self.call(aten.to.dtype, index, torch.int32)
+        )
+
+    def _is_joined(self, source: Node, target: Encoding) -> bool:
+        """Whether the source is a float concatenation that only quantizers read."""
+        return (
+            source.target is aten.cat.default
+            and source not in self.semantics.fixed
+            and isinstance(target, AffineEncoding)
+            and target.scale.numel() == 1
+            and all(is_quantize(user) for user in source.users)
+        )
+
+    def _quantize_parts(self, joined: Node, target: Any, storage: Storage) -> Coded:
+        """Encoding is elementwise: encode first, then join a quarter of the bytes."""
+        parts, sources = [], joined.args[0]
+        for part in sources:  # type: ignore[union-attr]
+            key = ("part", part, id(target.scale), target.describe())
+            if key not in self.memo:
+                self.memo[key] = self._encoded(part, self.plain(part), target, storage)  # type: ignore[arg-type]
+            parts.append(self.memo[key])
+        return Coded(self.call(aten.cat.default, parts, *joined.args[1:]), storage)
+
     def _table(self, source: Node, coded: Coded, levels: Levels, target: Encoding) -> Node:
         key = ("table", source, id(target.scale), target.describe())
-        if key not in self._memo:
+        if key not in self.memo:
             out = Storage.of(target)
             entries = out.pack(chain_table(self.semantics, source, target))
             low = int(all_codes(levels)[0]) + coded.storage.offset
             if low > 0:
                 entries = torch.cat([entries[:1].expand(low), entries])
-            index = self.call(aten.to.dtype, coded.node, torch.int32)
+            index = coded.node
             if low < 0:
-                index = self.call(aten.sub.Tensor, index, low)
-            table = self.buffer(f"{source.name}_table", entries)
-            self._memo[key] = self.call(aten.index.Tensor, table, [index])
-        node: Node = self._memo[key]
+                wide = self.call(aten.to.dtype, index, torch.int32)
+                index = self.call(aten.sub.Tensor, wide, low)
+            self.memo[key] = self.lookup(f"{source.name}_table", entries, index)
+        node: Node = self.memo[key]
         return node
 
     def _along(self, hint: str, values: Tensor, axis: int | None, ndim: int) -> Node:
         return self.buffer(hint, along(values, axis, ndim) if values.ndim else values)
 
-    def _encoded(self, node: Node, floats: Node, target: AffineEncoding, storage: Storage) -> Node:
+    def _encoded(
+        self, source: Node, floats: Node, target: AffineEncoding, storage: Storage
+    ) -> Node:
         """``clamp(round(x / s) + z)`` of floats."""
-        source: Any = node.args[0]
         ndim = source.meta["val"].ndim
         if source.meta["val"].dtype is not torch.float32:
             floats = self.call(aten.to.dtype, floats, torch.float32)
-        scale = self._along(f"{node.name}_scale", target.scale, target.axis, ndim)
+        scale = self._along(f"{source.name}_scale", target.scale, target.axis, ndim)
         units = self.arithmetic(aten.div.Tensor, floats, scale)
         return self._rounded(units, target, storage, Clamp(), ndim)
 
@@ -333,13 +384,13 @@ class Emitter:
                 target.qmin, target.qmax,
             )  # fmt: skip
             target = _scalar(target)
-        if key not in self._memo:
+        if key not in self.memo:
             factor = multiplier(form.scale, target, ndim)
             scaled = self.arithmetic(
                 aten.mul.Tensor, product.node, self.buffer(f"{form.node.name}_multiplier", factor)
             )
-            self._memo[key] = self._rounded(scaled, target, storage, pending.clamp, ndim)
-        return self._replay(self._memo[key], pending.moves)
+            self.memo[key] = self._rounded(scaled, target, storage, pending.clamp, ndim)
+        return self._replay(self.memo[key], pending.moves)
 
     def _requantized_behind_moves(
         self, pending: Pending, target: AffineEncoding, storage: Storage

@@ -19,6 +19,7 @@ _LIBRARY.define(
     " -> Tensor"
 )
 _LIBRARY.define("linear_i32(Tensor x, Tensor weight, Tensor bias) -> Tensor")
+_LIBRARY.define("lookup(Tensor table, Tensor index) -> Tensor")
 _LIBRARY.define(
     "conv_u8(Tensor x, Tensor packed, Tensor ones, Tensor zeros, Tensor? bias, int zero_point,"
     " SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation, int groups) -> Tensor"
@@ -59,6 +60,14 @@ def _linear_i32(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     )  # fmt: skip
 
 
+def _lookup(table: Tensor, index: Tensor) -> Tensor:
+    if index.ndim == 4 and not index.is_contiguous():
+        channels_last = index.permute(0, 2, 3, 1)
+        if channels_last.is_contiguous():
+            return _lookup(table, channels_last).permute(0, 3, 1, 2)
+    return torch.index_select(table, 0, index.reshape(-1).to(torch.int32)).view(index.shape)
+
+
 def _conv_u8(  # noqa: PLR0913, PLR0917 - the op's schema
     x: Tensor, packed: Tensor, ones: Tensor, zeros: Tensor, bias: Tensor | None, zero_point: int,
     kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
@@ -74,6 +83,7 @@ def _conv_u8(  # noqa: PLR0913, PLR0917 - the op's schema
 
 for _name, _kernel in (
     ("linear_u8", _linear_u8), ("linear_i32", _linear_i32), ("conv_u8", _conv_u8),
+    ("lookup", _lookup),
 ):  # fmt: skip
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
 
@@ -92,6 +102,11 @@ def _linear_i32_meta(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[1]), dtype=torch.int32)
 
 
+@torch.library.register_fake("qgraph::lookup")
+def _lookup_meta(table: Tensor, index: Tensor) -> Tensor:
+    return torch.empty_like(index, dtype=table.dtype)
+
+
 @torch.library.register_fake("qgraph::conv_u8")
 def _conv_u8_meta(  # noqa: PLR0913, PLR0917 - the op's schema
     x: Tensor, packed: Tensor, ones: Tensor, zeros: Tensor, bias: Tensor | None, zero_point: int,
@@ -108,6 +123,7 @@ def _conv_u8_meta(  # noqa: PLR0913, PLR0917 - the op's schema
 
 LINEAR_U8 = torch.ops.qgraph.linear_u8.default
 LINEAR_I32 = torch.ops.qgraph.linear_i32.default
+LOOKUP = torch.ops.qgraph.lookup.default
 CONV_U8 = torch.ops.qgraph.conv_u8.default
 
 

@@ -23,10 +23,11 @@ _ELEMENTARY = frozenset({
     "add", "sub", "mul", "div", "neg", "abs", "relu", "clamp", "clamp_min", "clamp_max", "hardtanh",
     "round", "floor", "ceil", "where", "masked_fill", "minimum", "maximum", "sqrt", "rsub",
     "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not", "bitwise_and",
-    "bitwise_or", "__and__", "__or__", "bitwise_not", "to", "_to_copy", "cat", "stack", "embedding", "full", "full_like",
+    "__and__", "__or__", "bitwise_or",
+    "bitwise_not", "to", "_to_copy", "cat", "stack", "embedding", "full", "full_like",
     "zeros", "zeros_like", "ones", "ones_like", "arange", "scalar_tensor", "sym_size", "any", "all",
     "amax", "amin", "argmax", "argmin", "constant_pad_nd", "pad", "triu", "tril", "max_pool2d",
-    "upsample_nearest2d", "expand_as", "matmul", "bmm", "mm", "index", "index_select",
+    "upsample_nearest2d", "expand_as", "index", "index_select",
 })  # fmt: skip
 
 

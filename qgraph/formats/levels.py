@@ -35,7 +35,7 @@ def levels_encode(x: Tensor, scale: Tensor, thresholds: Tensor, axis: int | None
     units = x.to(torch.float32) / along(scale, axis, x.ndim)
     dtype = rank_dtype(thresholds.shape[-1] + 1)
     if thresholds.ndim == 1:
-        return torch.bucketize(units, thresholds).to(dtype)
+        return torch.bucketize(units.contiguous(), thresholds).to(dtype)
     assert axis is not None, "thresholds per channel need an axis"
     moved = units.movedim(axis, 0)
     ranks = torch.searchsorted(thresholds, moved.reshape(moved.shape[0], -1).contiguous())

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products of every number format: integer equals reference, and reference equals fractions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from qgraph.backends import integer, parity, reference
+from qgraph.backends.semantics import Role
+from qgraph.formats import AffineEncoding, Encoding, LevelEncoding
+from qgraph.graph.ops import OpKind
+from qgraph.graph.plan import Role as PlanRole
+from qgraph.graph.plan import Site
+from tests.backends.builders import affine, minmax, models, quantize
+
+MODELS = models()
+NAMES = [name for name, _, _ in MODELS]
+
+
+def dual_region(site: Site, values: Tensor) -> Encoding:
+    """Fine steps near zero, coarse beyond, on both signs."""
+    if site.role is PlanRole.WEIGHT or site.kind not in {OpKind.LINEAR, OpKind.MATMUL, OpKind.CONV}:
+        return minmax(site, values)
+    fine = torch.arange(0, 64)
+    levels = torch.cat([fine, fine << 4]).unique()
+    levels = torch.cat([-levels[1:].flip(0), levels])
+    scale = values.abs().max() / levels.max()
+    return LevelEncoding.nearest("dual region", scale, levels, storage_bits=8)
+
+
+def power_of_two(site: Site, values: Tensor) -> Encoding:
+    """15 fractional bits: levels that need int16 and products that need more than 24 bits."""
+    if site.role is PlanRole.WEIGHT or site.kind is not OpKind.MATMUL:
+        return minmax(site, values)
+    exponents = torch.arange(0, 32, dtype=torch.float64) / 2
+    positive = torch.round(2.0**15 * 2.0**-exponents).to(torch.int64).unique()
+    levels = torch.cat([-positive.flip(0), torch.zeros(1, dtype=torch.int64), positive])
+    scale = values.abs().max() / 2**15
+    return LevelEncoding.nearest("power of two", scale, levels, storage_bits=8)
+
+
+def wide(site: Site, values: Tensor) -> Encoding:
+    """16-bit activations."""
+    return minmax(site, values) if site.role is PlanRole.WEIGHT else affine(values, 16, signed=True)
+
+
+def narrow(site: Site, values: Tensor) -> Encoding:
+    """4-bit activations, narrow enough to saturate often."""
+    return minmax(site, values) if site.role is PlanRole.WEIGHT else affine(values, 4, shrink=0.5)
+
+
+def grouped(site: Site, values: Tensor, *, tied: bool) -> Encoding:
+    """One scale per channel group along the contraction of linears and convolutions."""
+    plain = minmax(site, values)
+    axis = site.axis
+    if (
+        site.role is PlanRole.WEIGHT
+        or axis is None
+        or site.kind not in {OpKind.LINEAR, OpKind.CONV}
+    ):
+        return plain
+    channels = values.shape[axis]
+    assert isinstance(plain, AffineEncoding)
+    steps = torch.tensor([1.0, 2.0, 8.0] if tied else [1.0, 1.7, 5.3])
+    order = torch.arange(channels) % 3
+    return AffineEncoding(
+        scale=plain.scale * steps[order] / 8, zero_point=plain.zero_point + order.int(),
+        qmin=-5, qmax=260, axis=axis % values.ndim,
+    ) if channels > 3 else plain  # fmt: skip
+
+
+def tied_groups(site: Site, values: Tensor) -> Encoding:
+    return grouped(site, values, tied=True)
+
+
+def free_groups(site: Site, values: Tensor) -> Encoding:
+    return grouped(site, values, tied=False)
+
+
+CHOICES = [dual_region, power_of_two, wide, narrow, tied_groups, free_groups]
+
+
+@pytest.mark.parametrize("choose", CHOICES)
+@pytest.mark.parametrize(("name", "model", "inputs"), MODELS, ids=NAMES)
+def test_integer_and_reference_agree_for_every_format(name, model, inputs, choose):
+    module = quantize(model, inputs, choose)
+    assert parity.compare(module, (inputs, {})).mismatches == 0
+    ours, theirs = integer.lower(module)(*inputs), reference.lower(module)(*inputs)
+    for a, b in zip(tree_leaves(ours), tree_leaves(theirs), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("choose", CHOICES)
+def test_linears_of_every_format_have_an_exact_product(choose):
+    model, inputs = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(3, 16)
+    lowered = reference.lower(quantize(model, (inputs,), choose))
+    roles = [lowered.semantics.roles[n] for n in lowered.semantics.products]
+    assert roles == [Role.PRODUCT, Role.PRODUCT]
+
+
+@pytest.mark.parametrize("choose", [tied_groups, dual_region, wide])
+def test_accumulators_are_the_integers_that_int64_gives(choose):
+    torch.manual_seed(1)
+    model, x = nn.Linear(12, 5), torch.randn(4, 12)
+    module = quantize(model, (x,), choose)
+    semantics = reference.lower(module).semantics
+    (form,) = semantics.products.values()
+    codes = form.data.encoding.encode(x)
+    data = form.data.of_codes(codes).to(torch.int64)
+    if form.shift is not None:
+        data = data << form.shift
+    assert form.weight_levels is not None
+    exact = data @ form.weight_levels.t().to(torch.int64)
+    if form.bias_codes is not None:
+        exact = exact + form.bias_codes
+    assert int(exact.abs().max()) <= form.bound
+    value = reference.lower(module)(x)
+    expected = exact.to(torch.float32) * form.scale
+    if form.bias_codes is None:
+        expected = expected + model.bias.detach()
+    assert torch.equal(value, expected)
+    assert torch.equal(integer.lower(module)(x), expected)
