@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Formats given by a table, per-channel activations and per-row tables take the same decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from qgraph.backends.onnx.export import export
+from qgraph.backends.onnx.levels import padded
+from qgraph.backends.onnx.prepare import pack_nibbles
+from qgraph.backends.onnx.session import Session
+from qgraph.formats import AffineEncoding, Encoding, LevelEncoding
+from qgraph.graph.build import insert_call
+from qgraph.graph.dialect import DEQUANTIZE, DEQUANTIZE_LEVELS, QUANTIZE, QUANTIZE_LEVELS
+from qgraph.graph.trace import trace
+from qgraph.passes.insert_quantizers import parameter_nodes
+from tests.backends.test_onnx_export import codes_of
+
+
+class Through(nn.Module):
+    """A value that the test quantizes, and a linear behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(torch.sigmoid(x))
+        return y
+
+
+def with_encoding(encoding: Encoding, x: Tensor) -> GraphModule:
+    """Quantize the linear's input with the encoding given."""
+    module = trace(Through().eval(), x)
+    linear = next(n for n in module.graph.nodes if str(n.target) == "aten.linear.default")
+    value = linear.args[0]
+    affine = isinstance(encoding, AffineEncoding)
+    parameters = parameter_nodes(module, "x", encoding, before=linear)
+    codes = insert_call(
+        module,
+        QUANTIZE if affine else QUANTIZE_LEVELS,
+        value,
+        *parameters,
+        like=value,
+        before=linear,
+    )
+    decoded = insert_call(
+        module,
+        DEQUANTIZE if affine else DEQUANTIZE_LEVELS,
+        codes,
+        *parameters,
+        like=value,
+        before=linear,
+    )
+    linear.replace_input_with(value, decoded)
+    module.recompile()
+    return module
+
+
+def dual(scale: Tensor, axis: int | None = None) -> LevelEncoding:
+    levels = torch.tensor([*range(8), *range(8, 64, 8)])
+    return LevelEncoding.nearest("dual region", scale, levels, storage_bits=4, axis=axis)
+
+
+def power_of_two(scale: Tensor) -> LevelEncoding:
+    levels = torch.tensor([0, *sorted({round(2**15 * 2 ** (-c / 2)) for c in range(15)})])
+    return LevelEncoding.nearest("power of two", scale, levels, storage_bits=4)
+
+
+def by_channel() -> LevelEncoding:
+    levels = torch.stack([torch.arange(5) * (c + 1) for c in range(6)])
+    return LevelEncoding.nearest(
+        "log affine", torch.rand(6) / 9 + 0.01, levels, storage_bits=3, axis=2
+    )
+
+
+ENCODINGS: dict[str, Callable[[], Encoding]] = {
+    "dual region": lambda: dual(torch.tensor(1 / 64)),
+    "dual region per channel": lambda: dual(torch.rand(6) / 99 + 0.005, axis=2),
+    "power of two": lambda: power_of_two(torch.tensor(2.0**-15)),
+    "log affine per channel": by_channel,
+    "grouped affine": lambda: AffineEncoding(
+        scale=torch.tensor([1, 1, 2, 2, 4, 4]) / 512, zero_point=torch.full((6,), 3),
+        qmin=0, qmax=255, axis=2,
+    ),
+    "signed 16 bits": lambda: AffineEncoding(
+        scale=torch.tensor(1e-4), zero_point=torch.tensor(-7), qmin=-(2**15), qmax=2**15 - 1
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_every_format_takes_the_same_decisions(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(3, 7, 6) * 3
+    module = with_encoding(ENCODINGS[name](), x)
+    export(module, tmp_path / "m.onnx")
+    session = Session(tmp_path / "m.onnx", threads=1)
+    (expected,) = codes_of(module, [x]).values()
+    (got,) = session.codes(x).values()
+    assert np.abs(expected - got).max() <= 1
+    assert (expected != got).mean() <= 0.01, "sigmoid may differ by an ulp, decisions may not"
+    torch.testing.assert_close(session(x), module(x), atol=2e-2, rtol=1e-2)
+
+
+@given(st.lists(st.integers(-50, 50), min_size=1, max_size=40, unique=True), st.integers(-60, 60))
+@settings(max_examples=50, deadline=None)
+def test_padded_search_counts_the_thresholds_below(cuts: list[int], value: int) -> None:
+    thresholds = torch.tensor(sorted(cuts), dtype=torch.float32)
+    table, steps = padded(thresholds)
+    assert len(table) == 2**steps - 1
+    position = 0
+    for step in (1 << k for k in reversed(range(steps))):
+        position += step * int(value > table[position + step - 1])
+    assert position == sum(c < value for c in cuts)
+
+
+@given(st.lists(st.integers(-8, 7), min_size=2, max_size=40))
+def test_nibbles_unpack_to_the_codes(codes: list[int]) -> None:
+    codes = codes[: len(codes) // 2 * 2]
+    packed = pack_nibbles(torch.tensor([codes], dtype=torch.int8)).to(torch.int32)
+    pairs = torch.stack([packed & 15, packed >> 4], -1).flatten(1) - 8
+    assert pairs[0].tolist() == codes
+
+
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(40, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.table(ids)
+        return y
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+@pytest.mark.parametrize("container", ["int8", "native"])
+def test_tables_are_gathered_as_codes(axis: int | None, container: str, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    ids = torch.randint(0, 40, (3, 5))
+    module = trace(Table().eval(), ids)
+    gather = next(n for n in module.graph.nodes if "embedding" in str(n.target))
+    weight = gather.args[0]
+    count = {None: (), 0: (40,), 1: (8,)}[axis]
+    scale = torch.rand(count) * 0.1 + 0.2
+    encoding = AffineEncoding(
+        scale=scale, zero_point=torch.zeros_like(scale), qmin=-8, qmax=7, axis=axis
+    )
+    parameters = parameter_nodes(module, "table", encoding, before=gather)
+    codes = insert_call(module, QUANTIZE, weight, *parameters, like=gather, before=gather)
+    decoded = insert_call(module, DEQUANTIZE, codes, *parameters, like=gather, before=gather)
+    gather.replace_input_with(weight, decoded)
+    module.recompile()
+    info = export(module, tmp_path / "m.onnx", container=container)
+    torch.testing.assert_close(Session(tmp_path / "m.onnx", threads=1)(ids), module(ids))
+    assert info.size < 3500

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hostile and damaged files are refused before onnxruntime sees them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from qgraph.backends.onnx.safety import check_bytes, check_file, declared_bytes
+from qgraph.backends.onnx.session import Session
+from qgraph.errors import ArtifactError
+
+
+def model(tensor: onnx.TensorProto, domain: str = "") -> onnx.ModelProto:
+    node = helper.make_node("Add", ["x", tensor.name], ["y"], domain=domain)
+    shape = [None]
+    graph = helper.make_graph(
+        [node], "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)], [tensor],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def external(location: str, length: int = 16, offset: int = 0) -> onnx.TensorProto:
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4])
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": location, "offset": offset, "length": length}.items():
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def saved(folder: Path, tensor: onnx.TensorProto) -> Path:
+    path = folder / "m.onnx"
+    path.write_bytes(model(tensor).SerializeToString())
+    return path
+
+
+def test_plain_external_data_is_accepted(tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(bytes(16))
+    assert check_file(saved(tmp_path, external("w.bin"))).graph.node[0].op_type == "Add"
+
+
+@pytest.mark.parametrize(
+    "location", ["../w.bin", "/etc/passwd", "a/../../w.bin", "..\\w.bin", "C:w.bin", "", "a\0b"]
+)
+def test_external_data_may_not_leave_the_folder(location: str, tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(bytes(16))
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    with pytest.raises(ArtifactError, match="leaves the model's folder"):
+        check_file(saved(inner, external(location)))
+
+
+def test_links_are_refused(tmp_path: Path) -> None:
+    inner, secret = tmp_path / "inner", tmp_path / "secret.bin"
+    inner.mkdir()
+    secret.write_bytes(bytes(16))
+    (inner / "soft.bin").symlink_to(secret)
+    os.link(secret, inner / "hard.bin")
+    (inner / "folder").symlink_to(tmp_path)
+    for location, reason in [
+        ("soft.bin", "through a link"),
+        ("hard.bin", "plain"),
+        ("folder/secret.bin", "through a link"),
+        ("missing.bin", "cannot be read"),
+    ]:
+        with pytest.raises(ArtifactError, match=reason):
+            check_file(saved(inner, external(location)))
+
+
+def test_ranges_outside_the_external_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(bytes(16))
+    for tensor in (external("w.bin", 64), external("w.bin", 16, 8), external("w.bin", 16, -4)):
+        with pytest.raises(ArtifactError, match="bytes"):
+            check_file(saved(tmp_path, tensor))
+    with pytest.raises(ArtifactError, match="needs 16 bytes"):
+        check_file(saved(tmp_path, external("w.bin", 8)))
+
+
+def test_unknown_domains_absurd_shapes_and_functions_are_refused() -> None:
+    weight = numpy_helper.from_array(np.zeros(4, np.float32), "w")
+    with pytest.raises(ArtifactError, match="unknown domain 'evil'"):
+        check_bytes(model(weight, "evil").SerializeToString())
+    huge = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2**40])
+    with pytest.raises(ArtifactError, match="absurd shape"):
+        check_bytes(model(huge).SerializeToString())
+    with pytest.raises(ArtifactError, match="not accepted here"):
+        check_bytes(model(external("w.bin")).SerializeToString())
+    local = model(weight)
+    local.functions.add(name="f", domain="")
+    with pytest.raises(ArtifactError, match="functions"):
+        check_bytes(local.SerializeToString())
+
+
+def test_hostile_nodes_inside_subgraphs_are_found() -> None:
+    weight = numpy_helper.from_array(np.zeros(4, np.float32), "w")
+    outer = model(weight)
+    body = model(weight, "evil").graph
+    node = helper.make_node("If", ["x"], ["z"], then_branch=body, else_branch=body)
+    outer.graph.node.append(node)
+    with pytest.raises(ArtifactError, match="unknown domain"):
+        check_bytes(outer.SerializeToString())
+
+
+def test_garbage_empty_and_foreign_files_are_named(tmp_path: Path) -> None:
+    for content in (b"", b"not a model", bytes(range(256))):
+        path = tmp_path / "m.onnx"
+        path.write_bytes(content)
+        with pytest.raises(ArtifactError):
+            Session(path)
+    with pytest.raises(ArtifactError, match="not a readable"):
+        Session(tmp_path / "absent.onnx")
+    weight = numpy_helper.from_array(np.zeros(4, np.float32), "w")
+    with pytest.raises(ArtifactError, match="no qgraph metadata"):
+        Session(model(weight).SerializeToString())
+
+
+def test_declared_bytes_know_packed_types() -> None:
+    for kind, size in [("FLOAT", 24), ("INT8", 6), ("INT4", 3), ("UINT2", 2), ("DOUBLE", 48)]:
+        tensor = TensorProto(name="w", data_type=TensorProto.DataType.Value(kind), dims=[2, 3])
+        assert declared_bytes(tensor) == size
