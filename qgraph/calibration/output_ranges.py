@@ -32,15 +32,18 @@ def sketch(weight: Tensor, projections: int, seed: int = 0) -> Tensor:
     return mixed
 
 
-def row_importance(rows: Tensor, weight: Tensor) -> Tensor:
-    """fp32 [N]: one over each row's output energy, plus the median energy.
+def row_importance(rows: Tensor, weight: Tensor, power: float) -> Tensor:
+    """fp32 [N]: ``(median / (energy + median)) ** power`` of each row's output energy.
 
     What follows a layer mostly divides by the size of its output (a normalisation, a softmax, a
     residual sum of like size), so errors count relative to their row. Without this, the few rows
-    with massive activations decide alone and all others lose their resolution.
+    with massive activations decide alone and all others lose their resolution. Power 1 is the
+    plain relative error; 1.5 gave the best text encoder on its own calibration sentences (W8A8,
+    18.3 dB against 17.6 at 1 and 18.0 at 2; W6A6 9.8, 8.8, 9.8).
     """
     energy = (rows @ weight.T).square().sum(1)
-    return 1.0 / (energy + energy.median()).clamp(min=torch.finfo(torch.float32).tiny)
+    middle = energy.median().clamp(min=torch.finfo(torch.float32).tiny)
+    return (middle / (energy + middle)) ** power
 
 
 def output_error(
@@ -72,7 +75,7 @@ def choose_range_for_output(  # noqa: PLR0913 - all options are keyword-only
     signed: bool = False,
     symmetric: bool = False,
     narrow: bool = False,
-    relative: bool = True,
+    relative: float = 1.5,
     is_gram: bool = False,
     projections: int | None = 64,
 ) -> tuple[float, float]:
@@ -83,7 +86,8 @@ def choose_range_for_output(  # noqa: PLR0913 - all options are keyword-only
         weight: the layer's weight [O, C] (several consumers: stacked along O), or with `is_gram`
             ``W^T W`` [C, C].
         low, high: the exact range of the inputs; no choice exceeds it.
-        relative: errors count relative to their row's output, see `row_importance`.
+        relative: power of each row's own output energy that its error is divided by; 0 weighs
+            all rows alike. See `row_importance`.
         bits, signed, symmetric, narrow: as in `choose_range`.
         projections: outputs are projected to so many random directions; None: exact.
 
@@ -110,7 +114,7 @@ def choose_range_for_output(  # noqa: PLR0913 - all options are keyword-only
     grid = IntGrid(bits, signed, narrow)
     codes = CodeRange(grid.qmin, grid.qmax, symmetric)
 
-    importance = row_importance(rows, factor) if relative else None
+    importance = row_importance(rows, factor, relative) if relative else None
 
     def objective(lows: Tensor, highs: Tensor) -> Tensor:
         return output_error(rows, factor, codes, (lows, highs), importance)
