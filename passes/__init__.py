@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transformations, one file each, named after what it does."""
 
+from qgraph.passes.balance_channels import BalanceChannels
 from qgraph.passes.calibrate import Calibrate
 from qgraph.passes.center_keys import CenterKeys
 from qgraph.passes.choose_ranges import ChooseRanges
@@ -15,6 +16,9 @@ from qgraph.passes.open_attention import OpenAttention
 from qgraph.passes.pack_weights import PackWeights
 from qgraph.passes.plan_sites import PlanSites
 from qgraph.passes.quantize_biases import QuantizeBiases
+from qgraph.passes.reorder_channels import ReorderChannels
+from qgraph.passes.raise_precision import RaisePrecision
+from qgraph.passes.search_softmax_base import SearchSoftmaxBase
 from qgraph.passes.use_dual_regions import UseDualRegions
 from qgraph.pipeline import Pass
 
@@ -24,10 +28,14 @@ ALL: tuple[type[Pass], ...] = (
     FoldBatchNorm,
     OpenAttention,
     PlanSites,
+    RaisePrecision,
     Calibrate,
     CenterKeys,
     FoldKeySigns,
+    SearchSoftmaxBase,
     UseDualRegions,
+    ReorderChannels,
+    BalanceChannels,
     ChooseRanges,
     ChooseWeightScales,
     InsertQuantizers,
@@ -38,6 +46,7 @@ ALL: tuple[type[Pass], ...] = (
 
 __all__ = [
     "ALL",
+    "BalanceChannels",
     "Calibrate",
     "CenterKeys",
     "ChooseRanges",
@@ -52,5 +61,8 @@ __all__ = [
     "PackWeights",
     "PlanSites",
     "QuantizeBiases",
+    "ReorderChannels",
+    "RaisePrecision",
+    "SearchSoftmaxBase",
     "UseDualRegions",
 ]

@@ -228,9 +228,19 @@ def attention_score(rows: Tensor, values: Tensor) -> Score:
 
 
 def linear_score(rows: Tensor, weight: Tensor) -> Score:
-    """``|(q(x) - x) W^T|^2`` over sampled rows [n, C], the outputs projected to 64 directions."""
+    """``|(q(x) - x) W^T|^2`` over sampled rows [n, C], each relative to its row's output.
+
+    Outputs are projected to 64 random directions.
+    """
     factor = sketch(weight, 64)
-    return lambda encoding: float(((encoding.fake(rows) - rows) @ factor.T).square().sum())
+    energy = (rows @ factor.T).square().sum(1, keepdim=True)
+    importance = (energy + energy.median()).clamp(min=1e-30) ** -1.5
+
+    def score(encoding: Encoding) -> float:
+        error = (encoding.fake(rows) - rows) @ factor.T
+        return float((error.square() * importance).sum())
+
+    return score
 
 
 def best_affine(score: Score, low: float, high: float, bits: int) -> tuple[float, float]:

@@ -62,9 +62,25 @@ def _int(weight_bits: int, activation_bits: int) -> tuple[Pass, ...]:
     )
 
 
+def _ris(weight_bits: int, activation_bits: int) -> tuple[Pass, ...]:
+    return (
+        *front(),
+        passes.PlanSites(weight_bits=weight_bits, activation_bits=activation_bits),
+        passes.Calibrate(),
+        passes.UseDualRegions(),
+        passes.ReorderChannels(),
+        passes.ChooseRanges(),
+        passes.ChooseWeightScales(),
+        *back(),
+    )
+
+
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (Family("", "any model: affine formats, ranges by what the outputs see", _int),)
+    for family in (
+        Family("", "any model: affine formats, ranges by what the outputs see", _int),
+        Family("ris", "vision and text together: dual regions, outlier channels in groups", _ris),
+    )
 }
 
 

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Group a linear layer's input channels by range; each group keeps its own scale (RORQ)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from qgraph.calibration import ChannelRange, Histogram, Reservoir, choose_range_for_output
+from qgraph.calibration.transport import permuted_statistics
+from qgraph.context import Context
+from qgraph.errors import unknown_name
+from qgraph.formats import AffineEncoding, Encoding
+from qgraph.formats.channel_groups import (
+    group_channels,
+    group_order,
+    grouped_encoding,
+    octave_thresholds,
+    outlier_thresholds,
+    permuted,
+)
+from qgraph.formats.element_groups import element_groups, magnitude_thresholds
+from qgraph.graph.ignore import Ignore
+from qgraph.graph.ops import OpKind
+from qgraph.graph.permute_channels import apply_fold, find_fold, insert_gather, permute_columns
+from qgraph.graph.plan import Site
+from qgraph.graph.requests import Request
+from qgraph.passes.choose_ranges import output_weight
+from qgraph.passes.use_dual_regions import Score, affine_encoding, linear_score
+from qgraph.pipeline import Fact, Pass, Promise
+
+GROUPINGS = {"outliers": outlier_thresholds, "octaves": octave_thresholds}
+CLIPS = (1.15, 1.0, 0.9, 0.8, 0.65, 0.5)  # factors on all ranges that are tried
+
+
+@dataclass(frozen=True)
+class ReorderChannels(Pass):
+    """Group and reorder the input channels of linears, one scale per group, outliers retained.
+
+    PTQ4RIS retains outliers in groups of their own; here groups are channels, so that one group
+    is one slice of a matrix product. Ranges come from the sweep, without padding tokens where
+    `row_masks` names them. Groups are made contiguous by a permutation, folded into the linear
+    layer before an elementwise function where nobody else reads the value, else gathered on the
+    quantized branch.
+
+    Attributes:
+        groups: at most so many.
+        grouping: ``"outliers"`` (mean + 3 std recursion), ``"octaves"`` (ranges halved), or
+            ``"best"`` of both by the output-aware score.
+        tied: scales are power-of-two multiples of the smallest (one accumulator and shifts);
+            else free (one partial product per group).
+        zero_points: a zero point per channel; else signed codes around 0.
+        tile: group sizes are multiples of it.
+        reorder: make groups contiguous; without it only the scales are chosen.
+        elements: the published variant instead: groups of elements by magnitude, whose group id
+            costs extra bits that are counted.
+        min_gain_db: needed improvement over what the sites have or, undecided, over an affine
+            range searched by the same score.
+        rows: sampled rows behind the score.
+        skip, force: globs of consumers to leave alone, or to treat whatever the gain.
+    """
+
+    name: ClassVar[str] = "reorder-channels"
+    promise: ClassVar[Promise] = Promise.EQUIVALENT
+    requires: ClassVar[frozenset[str]] = frozenset({Fact.PLANNED, Fact.STATISTICS})
+
+    groups: int = 4
+    grouping: str = "best"
+    tied: bool = True
+    zero_points: bool = True
+    tile: int = 16
+    reorder: bool = True
+    elements: bool = False
+    min_gain_db: float = 0.5
+    rows: int = 64
+    skip: tuple[str, ...] = ()
+    force: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.grouping not in {*GROUPINGS, "best"}:
+            raise unknown_name("grouping", self.grouping, [*GROUPINGS, "best"])
+
+    def statistics(self, module: GraphModule, context: Context) -> Iterable[Request]:  # noqa: D102
+        for value, _ in matched(module, context):
+            yield Request(value, "ChannelRange", (("axis", -1),))
+            yield Request(value, "Reservoir", (("axis", -1), ("rows", self.rows)))
+            if self.elements:
+                yield Request(value, "Histogram", (("bins_per_octave", 64), ("rate", 1)))
+
+    def run(self, module: GraphModule, context: Context) -> bool:  # noqa: D102
+        changed = False
+        for (value, bits), sites in matched(module, context).items():
+            if any(Ignore.of(self.skip).matches(site.edge.consumer) for site in sites):
+                context.record(self.name, value, "kept", "left alone on request")
+                continue
+            changed |= self._treat(module, context, value, sites, bits)
+        return changed
+
+    def _treat(
+        self, module: GraphModule, context: Context, value: Node, sites: list[Site], bits: int
+    ) -> bool:
+        seen = context.statistics[value]
+        rows, weight = seen.get(Reservoir, axis=-1).sampled(), output_weight(module, sites)
+        if weight is None or not rows.numel():
+            context.record(self.name, value, "refused", "no sampled rows, or no stored weight")
+            return False
+        score = linear_score(rows, weight)
+        rival = score(sites[0].encoding or _affine(seen.range().bounds(), rows, weight, bits))
+        if self.elements:
+            histogram = seen.get(Histogram, bins_per_octave=64, rate=1)
+            grouped = element_groups(_thresholds(histogram), *seen.range().bounds(), bits)
+            self._decide_elements(context, value, sites, grouped, decibels(rival, score(grouped)))
+            return False
+        ranges = seen.get(ChannelRange, axis=-1)
+        found = self._best(ranges, bits, score)
+        if found is None:
+            context.record(self.name, value, "kept", "channel ranges form one group")
+            return False
+        group, encoding, error = found
+        gain, count = decibels(rival, error), int(group.max()) + 1
+        numbers = {"gain_db": gain, "groups": float(count), "bits": float(bits)}
+        if gain < self.min_gain_db and not self._forced(sites):
+            why = f"{count} groups gain {gain:+.2f} dB, needed {self.min_gain_db:g}"
+            context.record(self.name, value, "kept", why, **numbers)
+            return False
+        order = group_order(group)
+        moved, how = self._move(module, context, value, sites, order)
+        chosen = permuted(encoding, order) if moved else encoding
+        reason = f"{count} channel groups, {gain:+.2f} dB; {how}"
+        for site in sites:
+            site.decide(chosen, self.name, reason)
+        context.record(self.name, value, "applied", reason, **numbers)
+        return moved
+
+    def _best(
+        self, ranges: ChannelRange, bits: int, score: Score
+    ) -> tuple[Tensor, AffineEncoding, float] | None:
+        """Groups and scales of the smallest score; None where there is only one group."""
+        assert ranges.low is not None
+        assert ranges.high is not None
+        low, high = ranges.low.clamp(max=0.0), ranges.high.clamp(min=0.0)
+        size = high - low if self.zero_points else torch.maximum(high, -low)
+        best: tuple[Tensor, AffineEncoding, float] | None = None
+        for group in self._groupings(size):
+            for clip in CLIPS:
+                encoding = grouped_encoding(
+                    low, high, group, bits, tied=self.tied, zero_points=self.zero_points, clip=clip
+                )
+                error = score(encoding)
+                if best is None or error < best[2]:
+                    best = group, encoding, error
+        return best
+
+    def _groupings(self, size: Tensor) -> Iterator[Tensor]:
+        for name, thresholds in GROUPINGS.items():
+            if self.grouping in {name, "best"}:
+                group = group_channels(size, thresholds(size, self.groups), tile=self.tile)
+                if int(group.max()) > 0:
+                    yield group
+
+    def _move(
+        self, module: GraphModule, context: Context, value: Node, sites: list[Site], order: Tensor
+    ) -> tuple[bool, str]:
+        """Reorder values and weight columns; returns (did it, how)."""
+        if not self.reorder:
+            return False, "order kept on request"
+        if torch.equal(order, torch.arange(len(order))):
+            return False, "already in order"
+        consumers = list(dict.fromkeys(site.edge.consumer for site in sites))
+        fold = find_fold(value, consumers)
+        for consumer in consumers:
+            permute_columns(module, consumer, order)
+        if not isinstance(fold, str):
+            apply_fold(module, fold, order)
+            for node in fold.between:
+                if node in context.statistics:
+                    context.statistics[node] = permuted_statistics(context.statistics[node], order)
+            return True, f"order folded into {fold.linear.name}"
+        moved = insert_gather(module, value, [site.edge for site in sites], order)
+        context.statistics[moved] = permuted_statistics(context.statistics[value], order)
+        return True, f"gathered ({fold})"
+
+    def _decide_elements(
+        self, context: Context, value: Node, sites: list[Site], encoding: Encoding, gain: float
+    ) -> None:
+        numbers = {"gain_db": gain, "bits": float(encoding.bits)}
+        if gain < self.min_gain_db and not self._forced(sites):
+            why = f"element groups gain {gain:+.2f} dB"
+            context.record(self.name, value, "kept", why, **numbers)
+            return
+        reason = f"{encoding.describe()}, {gain:+.2f} dB at {encoding.bits} stored bits"
+        for site in sites:
+            site.decide(encoding, self.name, reason)
+        context.record(self.name, value, "applied", reason, **numbers)
+
+    def _forced(self, sites: list[Site]) -> bool:
+        return any(Ignore.of(self.force).matches(site.edge.consumer) for site in sites)
+
+
+def matched(module: GraphModule, context: Context) -> dict[tuple[Node, int], list[Site]]:
+    """Inputs of linears with stored weights, undecided or decided as two regions."""
+    found = {}
+    for key, sites in context.plan.by_value().items():
+        here = [
+            site
+            for site in sites
+            if site.kind is OpKind.LINEAR
+            and (site.encoding is None or site.decided_by == "use-dual-regions")
+            and output_weight(module, [site]) is not None
+        ]
+        if here:
+            found[key] = here
+    return found
+
+
+def _affine(bounds: tuple[float, float], rows: Tensor, weight: Tensor, bits: int) -> AffineEncoding:
+    low, high = bounds
+    found = choose_range_for_output(rows, weight, low=low, high=high, bits=bits)
+    return affine_encoding(*found, bits)
+
+
+def _thresholds(histogram: Histogram) -> Tensor:
+    """Magnitude thresholds of the recursion over elements."""
+    bins = histogram.bins()
+    centre = (bins.left.abs() + bins.right.abs()) / 2
+    magnitude, index = centre.unique(return_inverse=True)
+    count = torch.zeros_like(magnitude).scatter_add(0, index, bins.mass)
+    return magnitude_thresholds(magnitude, count)
+
+
+def decibels(before: float, after: float) -> float:
+    """How much smaller a squared error became, in dB."""
+    return 10 * math.log10(max(before, 1e-300) / max(after, 1e-300))
