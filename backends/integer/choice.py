@@ -127,6 +127,8 @@ def _u8(emitter: Emitter, form: ProductForm, data: Coded, weight: Tensor) -> Ker
             return _linear(emitter, form, data, weight.t())
         case OpKind.CONV if weight.ndim in {3, 4} and form.data.axis is None:
             return _conv(emitter, form, data, weight)
+        case OpKind.CONV_TRANSPOSE if weight.ndim == 4 and form.data.axis is None:
+            return _upsampling(emitter, form, data, weight)
         case _:
             return None
 
@@ -226,6 +228,35 @@ def _conv_call(
         *_unit_scales(emitter, weight.shape[0]), start, zero, list(weight.shape[2:]),
         stride, padding, dilation, int(groups),
     )  # fmt: skip
+
+
+def _upsampling(
+    emitter: Emitter, form: ProductForm, data: Coded, weight: Tensor
+) -> KernelChoice | None:
+    """A transposed convolution whose windows do not overlap: 1 x 1, then pixel shuffle."""
+    node, size = form.node, weight.shape[2]
+    stride, padding, extra, dilation = (
+        _pair(argument(node, i), False, fill) for i, fill in ((3, 1), (4, 0), (5, 0), (7, 1))
+    )
+    tiled = stride == [size, size] == list(weight.shape[2:]) and dilation == [1, 1]
+    if not tiled or any(padding) or any(extra) or argument(node, 6) != 1:
+        return None
+    flat = weight.permute(1, 2, 3, 0).reshape(-1, weight.shape[0], 1, 1)
+    bias = torch.zeros(1) if form.bias_codes is None else form.bias_codes
+    start = bias.repeat_interleave(size * size) if form.bias_codes is not None else bias
+    if not _fits_float32(total_range(flat, 0, form.data.range()), start):
+        return None
+    one, none = [1, 1], [0, 0]
+    zero = int(_stored_zero(form, data).reshape(-1)[0])
+    packed = pack_conv(flat.to(torch.int8), zero, one, none, one, 1)
+    phases = emitter.arithmetic(
+        CONV_U8, data.node, emitter.buffer(f"{node.name}_weight", packed),
+        *_unit_scales(emitter, flat.shape[0]),
+        emitter.buffer(f"{node.name}_bias", start.float()) if bool(start.any()) else None,
+        zero, one, one, none, one, 1,
+    )  # fmt: skip
+    accumulator = emitter.call(aten.pixel_shuffle.default, phases, size)
+    return KernelChoice(accumulator, "onednn qconv u8s8 + shuffle", "windows do not overlap")
 
 
 def _conv_in_int32(

@@ -17,6 +17,7 @@ from qgraph.backends.bounds import FLOAT32_EXACT, total_range
 from qgraph.backends.integer.values import Coded
 from qgraph.backends.products import ProductForm
 from qgraph.formats import AffineEncoding
+from qgraph.graph.ops import OpKind, kind
 
 if TYPE_CHECKING:
     from qgraph.backends.integer.emitter import Emitter
@@ -64,20 +65,32 @@ def wide_product(
         if factor > 1:
             part = emitter.arithmetic(aten.mul.Tensor, part, factor)
         total = part if total is None else emitter.arithmetic(aten.add.Tensor, total, part)
-    if form.bias_codes is not None:
+    start = _start(form, data, weight)
+    if bool(start.any()):
         shape = [-1] if form.channel_axis == -1 else [-1] + [1] * (weight.ndim - 2)
-        bias = emitter.buffer(
-            f"{form.node.name}_bias", form.bias_codes.to(torch.float64).view(shape)
-        )
+        bias = emitter.buffer(f"{form.node.name}_bias", start.to(torch.float64).view(shape))
         total = emitter.arithmetic(aten.add.Tensor, total, bias)
     return emitter.arithmetic(aten.to.dtype, total, torch.float32), len(terms)
+
+
+def _start(form: ProductForm, data: Coded, weight: Tensor) -> Tensor:
+    """Bias codes, and the correction of zero points that differ by channel (int64 [N])."""
+    start = torch.zeros(weight.shape[0], dtype=torch.int64)
+    if form.bias_codes is not None:
+        start = start + form.bias_codes
+    if form.data.axis is not None:
+        assert isinstance(form.data.encoding, AffineEncoding)
+        zero = form.data.encoding.zero_point + data.storage.offset
+        start = start - (zero * weight.to(torch.int64)).sum(1)
+    return start
 
 
 def data_planes(emitter: Emitter, form: ProductForm, data: Coded) -> list[tuple[Node, int]]:
     """Planes of the data: uint8 nodes and the zero point of each, which padding also takes."""
     encoding = form.data.encoding
     if form.data.axis is not None:
-        return []
+        linear = kind(form.node) is not OpKind.CONV and data.storage.dtype is torch.uint8
+        return [(data.node, 0)] if linear else []
     key = ("planes", data.node)
     if key in emitter.memo:
         planes: list[tuple[Node, int]] = emitter.memo[key]

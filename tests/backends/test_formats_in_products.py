@@ -52,7 +52,7 @@ def narrow(site: Site, values: Tensor) -> Encoding:
     return minmax(site, values) if site.role is PlanRole.WEIGHT else affine(values, 4, shrink=0.5)
 
 
-def grouped(site: Site, values: Tensor, *, tied: bool) -> Encoding:
+def grouped(site: Site, values: Tensor, *, tied: bool, qmax: int = 260) -> Encoding:
     """One scale per channel group along the contraction of linears and convolutions."""
     plain = minmax(site, values)
     axis = site.axis
@@ -67,8 +67,9 @@ def grouped(site: Site, values: Tensor, *, tied: bool) -> Encoding:
     steps = torch.tensor([1.0, 2.0, 8.0] if tied else [1.0, 1.7, 5.3])
     order = torch.arange(channels) % 3
     return AffineEncoding(
-        scale=plain.scale * steps[order] / 8, zero_point=plain.zero_point + order.int(),
-        qmin=-5, qmax=260, axis=axis % values.ndim,
+        scale=plain.scale * steps[order] / 8,
+        zero_point=(plain.zero_point + order.int()).clamp(0, 255),
+        qmin=min(0, 255 - qmax), qmax=qmax, axis=axis % values.ndim,
     ) if channels > 3 else plain  # fmt: skip
 
 
@@ -76,11 +77,28 @@ def tied_groups(site: Site, values: Tensor) -> Encoding:
     return grouped(site, values, tied=True)
 
 
+def tied_bytes(site: Site, values: Tensor) -> Encoding:
+    return grouped(site, values, tied=True, qmax=255)
+
+
+def free_bytes(site: Site, values: Tensor) -> Encoding:
+    return grouped(site, values, tied=False, qmax=255)
+
+
 def free_groups(site: Site, values: Tensor) -> Encoding:
     return grouped(site, values, tied=False)
 
 
-CHOICES = [dual_region, power_of_two, wide, narrow, tied_groups, free_groups]
+CHOICES = [
+    dual_region,
+    power_of_two,
+    wide,
+    narrow,
+    tied_groups,
+    free_groups,
+    tied_bytes,
+    free_bytes,
+]
 
 
 @pytest.mark.parametrize("choose", CHOICES)
