@@ -1,2 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Post-training quantization as verified graph passes."""
+"""qgraph: post-training quantization as verified graph passes.
+
+quantized = qgraph.compile(model, calib_loader, pipeline="int8")
+"""
+
+import logging
+
+from qgraph.compiler import compile  # noqa: A004
+from qgraph.errors import (
+    ArtifactError,
+    BudgetInfeasibleError,
+    CalibrationError,
+    CaptureError,
+    ConfigError,
+    ExportError,
+    InputError,
+    PassError,
+    QGraphError,
+    UnsupportedOpError,
+    VerificationError,
+)
+from qgraph.graph.trace import trace
+from qgraph.model import QuantizedModel
+from qgraph.pipeline import Fact, Pass, Pipeline, Promise
+from qgraph.pipelines import pipeline, pipelines
+
+logging.getLogger("qgraph").addHandler(logging.NullHandler())
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArtifactError",
+    "BudgetInfeasibleError",
+    "CalibrationError",
+    "CaptureError",
+    "ConfigError",
+    "ExportError",
+    "Fact",
+    "InputError",
+    "Pass",
+    "PassError",
+    "Pipeline",
+    "Promise",
+    "QGraphError",
+    "QuantizedModel",
+    "UnsupportedOpError",
+    "VerificationError",
+    "compile",
+    "pipeline",
+    "pipelines",
+    "trace",
+]

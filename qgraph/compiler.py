@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """compile(): from a trained model to a quantized one, the whole way on one page.
 
-    trace      a private copy becomes an fx graph of ATen calls        qgraph/graph/trace.py
-    pipeline   passes canonicalise, plan, calibrate once, decide,
-               rewrite, and write quantizers into the graph            qgraph/pipelines.py, passes/
-    result     the graph, its report, and backends that run it         qgraph/model.py, backends/
+trace      a private copy becomes an fx graph of ATen calls        qgraph/graph/trace.py
+pipeline   passes canonicalise, plan, calibrate once, decide,
+           rewrite, and write quantizers into the graph            qgraph/pipelines.py, passes/
+result     the graph, its report, and backends that run it         qgraph/model.py, backends/
 """
 
 from __future__ import annotations

@@ -75,11 +75,32 @@ def _ris(weight_bits: int, activation_bits: int) -> tuple[Pass, ...]:
     )
 
 
+def _sam(weight_bits: int, activation_bits: int) -> tuple[Pass, ...]:
+    """Promptable segmentation: PTQ4SAM's two ideas, each used where it measurably helps.
+
+    More bits by rule: convolutions (stem, neck, upscaling) and what lies behind the last
+    attention run at 8 bits or more; residual adds at 8; norms, softmax and masks in float.
+    """
+    return (
+        *front(),
+        passes.PlanSites(weight_bits=weight_bits, activation_bits=activation_bits),
+        passes.RaisePrecision(),
+        passes.Calibrate(),
+        passes.CenterKeys(),
+        passes.FoldKeySigns(),
+        passes.SearchSoftmaxBase(),
+        passes.ChooseRanges(),
+        passes.ChooseWeightScales(),
+        *back(),
+    )
+
+
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         Family("", "any model: affine formats, ranges by what the outputs see", _int),
         Family("ris", "vision and text together: dual regions, outlier channels in groups", _ris),
+        Family("sam", "promptable segmentation: one-sided or centred keys, softmax bases", _sam),
     )
 }
 
