@@ -16,8 +16,8 @@ from qgraph.passes.open_attention import OpenAttention
 from qgraph.passes.pack_weights import PackWeights
 from qgraph.passes.plan_sites import PlanSites
 from qgraph.passes.quantize_biases import QuantizeBiases
-from qgraph.passes.reorder_channels import ReorderChannels
 from qgraph.passes.raise_precision import RaisePrecision
+from qgraph.passes.reorder_channels import ReorderChannels
 from qgraph.passes.search_softmax_base import SearchSoftmaxBase
 from qgraph.passes.use_dual_regions import UseDualRegions
 from qgraph.pipeline import Pass
@@ -61,8 +61,8 @@ __all__ = [
     "PackWeights",
     "PlanSites",
     "QuantizeBiases",
-    "ReorderChannels",
     "RaisePrecision",
+    "ReorderChannels",
     "SearchSoftmaxBase",
     "UseDualRegions",
 ]

@@ -197,10 +197,10 @@ class _Replay:
         return None
 
     def _step(self, node: Node, labelled: list[Node]) -> Labels | None:
+        self._note(node, labelled)
         if node.op == "output":
             return self._pin(node, labelled, "returned by the model")
         target = node.target
-        self._note(node, labelled)
         if target is operator.getitem:
             return self.labels[labelled[0]][node.args[1]]  # type: ignore[index]
         if target in MOVES or target in SPLITS or target in _STACKS:
