@@ -314,10 +314,12 @@ class Emitter:
         units = self.arithmetic(aten.div.Tensor, floats, scale)
         halves = self.call(aten.ceil.default, self.arithmetic(aten.mul.Tensor, units, 2.0))
         inside = self.call(aten.clamp.default, halves, steps.low, steps.high)
-        index = self.call(aten.sub.Tensor, inside, steps.low)
-        return self.lookup(
-            f"{source.name}_ranks", steps.ranks, self.call(aten.to.dtype, index, torch.int32)
-        )
+        index = self.call(aten.to.dtype, self.call(aten.sub.Tensor, inside, steps.low), torch.int32)
+        ranks = self.lookup(f"{source.name}_ranks", steps.ranks, index)
+        if steps.cuts is None:
+            return ranks
+        cut = self.lookup(f"{source.name}_cuts", steps.cuts, index)
+        return self.call(aten.add.Tensor, ranks, self.call(aten.gt.Tensor, units, cut))
 
     def _is_joined(self, source: Node, target: Encoding) -> bool:
         """Whether the source is a float concatenation that only quantizers read."""

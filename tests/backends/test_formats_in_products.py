@@ -42,6 +42,22 @@ def power_of_two(site: Site, values: Tensor) -> Encoding:
     return LevelEncoding.nearest("power of two", scale, levels, storage_bits=8)
 
 
+def logarithmic(site: Site, values: Tensor) -> Encoding:
+    """The same levels, thresholds in the logarithm: not on half steps."""
+    nearest = power_of_two(site, values)
+    if not isinstance(nearest, LevelEncoding):
+        return nearest
+    levels = nearest.levels.double()
+    low, high = levels[:-1], levels[1:]
+    middle = torch.sqrt(low.abs() * high.abs()) * high.sign()
+    middle = torch.where(low * high == 0, nearest.thresholds.double(), middle)
+    thresholds = middle.clamp(low, high - 0.25).float()
+    return LevelEncoding(
+        name="log", scale=nearest.scale, levels=nearest.levels, thresholds=thresholds,
+        storage_bits=8,
+    )  # fmt: skip
+
+
 def wide(site: Site, values: Tensor) -> Encoding:
     """16-bit activations."""
     return minmax(site, values) if site.role is PlanRole.WEIGHT else affine(values, 16, signed=True)
@@ -92,6 +108,7 @@ def free_groups(site: Site, values: Tensor) -> Encoding:
 CHOICES = [
     dual_region,
     power_of_two,
+    logarithmic,
     wide,
     narrow,
     tied_groups,
