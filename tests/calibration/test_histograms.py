@@ -66,6 +66,14 @@ def test_mirroring_a_histogram_equals_observing_the_negated_values(values):
     assert same(one.mirrored(), two)
 
 
+def test_both_zeros_are_one():
+    first, second = Histogram(), Histogram()
+    first.update(torch.tensor([[0.0, 0.0, 1.0]]))
+    second.update(torch.tensor([[-0.0, 0.0, 1.0]]))
+    assert same(first, second)
+    assert first.zeros == second.zeros == 2
+
+
 def test_the_sample_of_a_wide_tensor_is_small_and_sees_every_channel():
     x = torch.zeros(2, 64, 1536)
     x[..., :] = torch.arange(1.0, 1537.0)

@@ -20,6 +20,7 @@ from qgraph.calibration import (
     weight_parameters,
     weight_scales,
 )
+from qgraph.calibration.clip_grid import pick, search_clip
 from qgraph.calibration.output_ranges import sketch
 from qgraph.calibration.ranges import METHODS, error_integral
 from qgraph.errors import CalibrationError, ConfigError
@@ -127,6 +128,14 @@ def test_values_on_a_grid_keep_the_largest_range():
     x = torch.tensor([[0.0, 1.0, 2.0, 255.0]])
     histogram, extrema = observed(x)
     assert choose_range(histogram, extrema, bits=16) == (0.0, 255.0)
+
+
+def test_equal_losses_go_to_the_largest_range_and_undefined_ones_never_win():
+    extent = torch.tensor([1.0, 4.0, 2.0, 9.0, 16.0])
+    loss = torch.tensor([3.0, 3.0, 3.0 * (1 + 1e-12), 3.1, float("nan")], dtype=torch.float64)
+    assert pick(loss, extent) == 1
+    low, high = search_clip(lambda lows, highs: torch.zeros_like(lows), -3.0, 5.0)
+    assert (low, high) == (-3.0, 5.0)
 
 
 def test_one_outlier_is_clipped_at_few_bits_and_weighed_once_when_sampled():
