@@ -98,9 +98,8 @@ class CenterKeys(Pass):
         worth = self.force_centring or (gain >= self.min_gain and after.total <= rival)
         text = f"expected squared error of the logits changes by {-100 * gain:+.1f}%"
         if not worth:
-            text = f"not worth it: {text}"
-            if after.total > rival:
-                text = f"left to fold-key-signs, which does better: {text}"
+            better = gain >= self.min_gain
+            text = f"{'left to fold-key-signs' if better else 'not worth it'}: {text}"
         numbers = {
             "key_error_before": before.key, "key_error_after": after.key,
             "logit_error_before": before.total, "logit_error_after": after.total,

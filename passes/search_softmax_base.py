@@ -43,6 +43,15 @@ class Choice:
     detail: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """Rows of A [n, S], their V [n, S, D], and the largest probability known."""
+
+    rows: Tensor
+    values: Tensor
+    peak: float
+
+
 @dataclass(frozen=True)
 class SearchSoftmaxBase(Pass):
     """Search base, scale and kind of format for each attention's probabilities.
@@ -77,6 +86,7 @@ class SearchSoftmaxBase(Pass):
             request = joint_request(site, self.attention_rows)
             if isinstance(request, Request):
                 yield request
+                yield Request(site.value, "Range")
 
     def run(self, module: GraphModule, context: Context) -> bool:  # noqa: D102
         for softmax, site in attention_products(module, context):
@@ -98,7 +108,8 @@ class SearchSoftmaxBase(Pass):
         if rows.numel() == 0 or float(rows.max()) <= 0.0:
             context.record(self.name, softmax, "refused", "no probabilities were sampled")
             return
-        found = best_by_family(rows, values, site.bits, self.formats)
+        peak = max(context.statistics[site.value].range().bounds()[1], float(rows.max()))
+        found = best_by_family(rows, values, site.bits, self.formats, peak=peak)
         uniform = found.get("uniform")
         best = min(found.values(), key=lambda each: each.error)
         gain = 0.0 if uniform is None else decibels(uniform.error, best.error)
@@ -145,11 +156,16 @@ def decibels(reference: float, error: float) -> float:
 
 
 def best_by_family(
-    rows: Tensor, values: Tensor, bits: int, formats: tuple[str, ...] = FAMILIES
-) -> dict[str, Choice]:
-    """The best candidate of each family on rows A [n, S] with V [n, S, D]."""
+    rows: Tensor, values: Tensor, bits: int, formats: tuple[str, ...] = FAMILIES, *,
+    peak: float | None = None,
+) -> dict[str, Choice]:  # fmt: skip
+    """The best candidate of each family on rows A [n, S] with V [n, S, D].
+
+    `peak` is the largest probability known (default: of the rows); grids of scales start there.
+    """
+    sample = _Sample(rows, values, float(rows.max()) if peak is None else peak)
     search = {"uniform": _uniform, "power_of_two": _powers, "dual_region": _regions}
-    found = {family: search[family](rows, values, bits) for family in formats}
+    found = {family: search[family](sample, bits) for family in formats}
     return {family: choice for family, choice in found.items() if choice is not None}
 
 
@@ -174,16 +190,14 @@ def attention_errors(
     return torch.cat(errors).cpu()
 
 
-def _search(
-    rows: Tensor, values: Tensor, levels: Tensor, thresholds: Tensor | None
-) -> tuple[float, float]:
+def _search(sample: _Sample, levels: Tensor, thresholds: Tensor | None) -> tuple[float, float]:
     """(smallest error, top): a log grid of the largest value's level, refined around the best."""
-    peak, top_level = float(rows.max()), float(levels[-1])
+    peak, top_level = sample.peak, float(levels[-1])
     grid = torch.arange(-2, COARSE * REACH + 1, dtype=torch.float64) / COARSE
     best = (math.inf, peak)
     for turn in range(2):
         tops = peak * torch.exp2(-grid)
-        errors = attention_errors(rows, values, tops / top_level, levels, thresholds)
+        errors = attention_errors(sample.rows, sample.values, tops / top_level, levels, thresholds)
         at = int(errors.argmin())
         best = min(best, (float(errors[at]), float(tops[at])))
         if turn == 0:
@@ -192,21 +206,21 @@ def _search(
     return best
 
 
-def _uniform(rows: Tensor, values: Tensor, bits: int) -> Choice:
+def _uniform(sample: _Sample, bits: int) -> Choice:
     grid = IntGrid(bits, signed=False)
-    levels = torch.arange(grid.qmax + 1, device=rows.device)
-    error, top = _search(rows, values, levels, None)
+    levels = torch.arange(grid.qmax + 1, device=sample.rows.device)
+    error, top = _search(sample, levels, None)
     scale = torch.tensor(top / grid.qmax, dtype=torch.float32)
     zero = torch.zeros((), dtype=torch.int32)
     encoding = AffineEncoding(scale=scale, zero_point=zero, qmin=grid.qmin, qmax=grid.qmax)
     return Choice(error, "uniform", encoding, f"uniform up to {top:.3g}")
 
 
-def _powers(rows: Tensor, values: Tensor, bits: int) -> Choice | None:
+def _powers(sample: _Sample, bits: int) -> Choice | None:
     found = []
     for tau in candidate_taus(bits):
-        encoding = power_of_two(bits, tau, 1.0).to(rows.device)
-        error, top = _search(rows, values, encoding.levels, encoding.thresholds)
+        encoding = power_of_two(bits, tau, 1.0).to(sample.rows.device)
+        error, top = _search(sample, encoding.levels, encoding.thresholds)
         found.append((error, tau, top))
     if not found:
         return None
@@ -215,11 +229,11 @@ def _powers(rows: Tensor, values: Tensor, bits: int) -> Choice | None:
     return Choice(error, "power_of_two", chosen, f"base 2^(-1/{tau}) from {top:.3g} down")
 
 
-def _regions(rows: Tensor, values: Tensor, bits: int) -> Choice:
+def _regions(sample: _Sample, bits: int) -> Choice:
     found = []
     for shift in range(1, bits):
-        levels = dual_region(bits, shift).levels.to(rows.device)
-        error, top = _search(rows, values, levels, midpoints(levels))
+        levels = dual_region(bits, shift).levels.to(sample.rows.device)
+        error, top = _search(sample, levels, midpoints(levels))
         found.append((error, shift, top))
     error, shift, top = min(found)
     chosen: LevelEncoding = dual_region(bits, shift, high=top)
