@@ -31,12 +31,8 @@ from qgraph.passes.reorder_channels import decibels, matched
 from qgraph.passes.use_dual_regions import affine_encoding
 from qgraph.pipeline import Fact, Pass, Promise
 
-SHARES = (
-    1.0,
-    0.85,
-    0.7,
-    0.5,
-)  # of the balancing that the activation gets; the rest is the weight's
+# Of the balancing, so much goes by the data; the rest goes by the weight.
+SHARES = (1.0, 0.85, 0.7, 0.5)
 SPREADS = (1, 2, 3, 4, 6)  # largest exponent
 
 

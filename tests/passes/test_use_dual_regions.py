@@ -13,17 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qgraph.calibration.loader import adapter
-from qgraph.calibration.sample import small_sample
-from qgraph.context import Context
 from qgraph.formats import LevelEncoding
 from qgraph.formats.dual_region import NON_NEGATIVE, SIGNED, shift_of
 from qgraph.graph.seen_through import activation_behind, producer, softmax_behind
 from qgraph.graph.trace import trace
 from qgraph.passes import UseDualRegions
 from qgraph.passes.use_dual_regions import affine_encoding, attention_score, best_affine
-from qgraph.pipeline import Pass, run_pipeline
-from qgraph.pipelines import pipeline
+from qgraph.pipeline import Pass
+from tests.passes.deciding import Decided, decided, seeded
 
 
 class Attention(nn.Module):
@@ -62,43 +59,13 @@ class Mlp(nn.Module):
         return out
 
 
-def decided(model: nn.Module, *items: Pass, name: str = "int6", rows: int = 12) -> Context:
-    """Run a pipeline up to and including the given passes; the context holds the plan."""
-    torch.manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.weight.data = torch.randn_like(module.weight) * 0.4
-            module.bias.data.zero_()
-    batches = [torch.randn(4, rows, 16) for _ in range(4)]
-    module = trace(model.eval(), batches[0])
-    chosen = pipeline(name, scope=("linear", "conv", "matmul"))
-    for item in items:
-        chosen = chosen.insert_before("choose-ranges", item)
-    kept = chosen.passes[: chosen.index("choose-ranges") + 1]
-    chosen = dataclasses.replace(chosen, passes=kept)
-    context = Context(
-        sample=small_sample(module, (batches[0],), {}, dynamic=True), batches=batches,
-        adapt=adapter(module), facts=frozenset({"traced"}),
-    )  # fmt: skip
-    with torch.no_grad():
-        run_pipeline(chosen, module, context)
-    return context
-
-
-def formats(context: Context) -> dict[str, str]:
-    """Edge -> format of the activations."""
-    return {
-        str(s.edge): str(s.encoding and s.encoding.describe()) for s in context.plan.activations()
-    }
-
-
-def lines(context: Context) -> list[tuple[str, str]]:
-    return [(d.outcome, d.reason) for d in context.decisions if d.by == "use-dual-regions"]
+def decided_(model: nn.Module, *items: Pass, name: str = "int6") -> Decided:
+    return decided(seeded(model), *items, name=name)
 
 
 def test_attention_probabilities_get_two_regions_through_dropout_and_copies():
-    context = decided(Attention(), UseDualRegions())
-    dual = [s for s in context.plan if isinstance(s.encoding, LevelEncoding)]
+    found = decided_(Attention(), UseDualRegions())
+    dual = [s for s in found.context.plan if isinstance(s.encoding, LevelEncoding)]
     assert len(dual) == 1
     encoding = dual[0].encoding
     assert isinstance(encoding, LevelEncoding)
@@ -106,7 +73,7 @@ def test_attention_probabilities_get_two_regions_through_dropout_and_copies():
     assert shift_of(encoding) >= 1
     assert float(encoding.fake(torch.ones(()))) == 1.0
     assert softmax_behind(dual[0].value) is not None
-    (record,) = [d for d in context.decisions if d.by == "use-dual-regions"]
+    (record,) = [d for d in found.context.decisions if d.by == "use-dual-regions"]
     assert record.outcome == "applied"
     assert record.numbers["gain_db"] >= 0.2
 
@@ -122,8 +89,8 @@ def test_attention_probabilities_get_two_regions_through_dropout_and_copies():
 )  # fmt: skip
 def test_every_gelu_like_function_before_a_linear_is_matched(function):
     force = UseDualRegions(force=("*",))
-    context = decided(Mlp(function), force)
-    (site,) = [s for s in context.plan if isinstance(s.encoding, LevelEncoding)]
+    found = decided_(Mlp(function), force)
+    (site,) = [s for s in found.context.plan if isinstance(s.encoding, LevelEncoding)]
     assert isinstance(site.encoding, LevelEncoding)
     assert site.encoding.name == SIGNED
     assert site.edge.consumer.name.startswith("linear")
@@ -137,17 +104,17 @@ def test_a_gated_activation_is_no_gelu_like_output():
             out: Tensor = self.second(torch.cat([F.gelu(a) * b, F.gelu(a) * b], -1))
             return out
 
-    context = decided(Gated(F.gelu), UseDualRegions(force=("*",)))
-    assert lines(context) == []
-    assert not any(isinstance(s.encoding, LevelEncoding) for s in context.plan)
+    found = decided_(Gated(F.gelu), UseDualRegions(force=("*",)))
+    assert found.lines("use-dual-regions") == []
+    assert not any(isinstance(s.encoding, LevelEncoding) for s in found.context.plan)
 
 
 def test_where_affine_is_as_good_the_site_stays_affine_and_says_so():
-    context = decided(Attention(sharpness=0.02), UseDualRegions(min_gain_db=1.0), name="int4")
-    outcomes = lines(context)
+    found = decided_(Attention(sharpness=0.02), UseDualRegions(min_gain_db=1.0), name="int4")
+    outcomes = found.lines("use-dual-regions")
     assert [outcome for outcome, _ in outcomes] == ["kept"]
     assert "affine is as good" in outcomes[0][1]
-    assert all("region" not in text for text in formats(context).values())
+    assert all("region" not in text for text in found.formats().values())
 
 
 def test_a_constant_value_is_refused_and_ranges_are_chosen_by_the_next_pass():
@@ -156,23 +123,23 @@ def test_a_constant_value_is_refused_and_ranges_are_chosen_by_the_next_pass():
             out: Tensor = self.second(F.gelu(self.first(x) * 0.0))
             return out
 
-    context = decided(Silent(F.gelu), UseDualRegions())
-    assert lines(context) == [("refused", "the value is constant")]
-    assert all(s.encoding is not None for s in context.plan.activations())
+    found = decided_(Silent(F.gelu), UseDualRegions())
+    assert found.lines("use-dual-regions") == [("refused", "the value is constant")]
+    assert all(s.encoding is not None for s in found.context.plan.activations())
 
 
 def test_a_glob_leaves_a_site_alone_and_another_forces_it():
-    plain = decided(Mlp(F.gelu), UseDualRegions(skip=("second",), force=("second",)))
-    assert lines(plain) == [("kept", "left alone on request")]
-    forced = decided(Mlp(F.gelu), UseDualRegions(min_gain_db=99.0, force=("second",)))
-    assert [outcome for outcome, _ in lines(forced)] == ["applied"]
+    plain = decided_(Mlp(F.gelu), UseDualRegions(skip=("second",), force=("second",)))
+    assert plain.lines("use-dual-regions") == [("kept", "left alone on request")]
+    forced = decided_(Mlp(F.gelu), UseDualRegions(min_gain_db=99.0, force=("second",)))
+    assert [outcome for outcome, _ in forced.lines("use-dual-regions")] == ["applied"]
 
 
 def test_a_graph_without_softmax_or_gelu_is_unchanged():
-    with_pass = decided(Mlp(F.relu), UseDualRegions())
-    without = decided(Mlp(F.relu))
-    assert formats(with_pass) == formats(without)
-    assert with_pass.decisions == without.decisions
+    with_pass = decided_(Mlp(F.relu), UseDualRegions())
+    without = decided_(Mlp(F.relu))
+    assert with_pass.formats() == without.formats()
+    assert with_pass.context.decisions == without.context.decisions
 
 
 def test_a_decided_site_is_not_decided_again():
@@ -180,8 +147,8 @@ def test_a_decided_site_is_not_decided_again():
     class Again(UseDualRegions):
         name = "use-dual-regions-again"
 
-    context = decided(Attention(), UseDualRegions(), Again())
-    assert {d.by for d in context.decisions} == {"use-dual-regions"}
+    found = decided_(Attention(), UseDualRegions(), Again())
+    assert {d.by for d in found.context.decisions} == {"use-dual-regions"}
 
 
 @settings(max_examples=30, deadline=None)
