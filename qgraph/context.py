@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What passes share while a pipeline runs: data, statistics, the plan, and the record of decisions."""
+"""What passes share while a pipeline runs: data, statistics, the plan, the record."""
 
 from __future__ import annotations
 

@@ -11,13 +11,46 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from qgraph.backends import integer, onnx, parity, reference
-from qgraph.calibration.loader import Signature
+from qgraph.calibration.loader import Signature, bind
 from qgraph.errors import CalibrationError, InputError, unknown_name
 from qgraph.graph.verify import Sample
 from qgraph.report.report import Report
 
 Backend = Literal["reference", "integer", "onnx"]
 BACKENDS: tuple[str, ...] = ("reference", "integer", "onnx")
+
+
+def bound(
+    signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call in the form the graph was traced with: arguments may be given by name or place.
+
+    Raises:
+        InputError: the inputs do not fit; shows them and the signature.
+    """
+    call = bind(signature, args, kwargs) or (args, kwargs)
+    try:
+        signature.check(*call, batch=0)
+    except CalibrationError as error:
+        raise InputError(str(error).removeprefix("batch 0: ")) from None
+    return call
+
+
+class Lowered:
+    """One backend behind the model's signature.
+
+    Attributes:
+        runner: the backend's own object.
+    """
+
+    def __init__(self, runner: Callable[..., Any], signature: Signature) -> None:
+        self.runner = runner
+        self._signature = signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run; `InputError` for inputs that do not fit."""
+        args, kwargs = bound(self._signature, args, kwargs)
+        return self.runner(*args, **kwargs)
 
 
 class QuantizedModel:
@@ -40,7 +73,7 @@ class QuantizedModel:
         self.report = report
         self.sample = sample
         self._signature = Signature.of(graph_module)
-        self._lowered: dict[str, Callable[..., Any]] = {}
+        self._lowered: dict[str, Lowered] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the integer backend; inputs and output structure are the model's own.
@@ -48,13 +81,9 @@ class QuantizedModel:
         Raises:
             InputError: inputs that do not fit the signature.
         """
-        try:
-            self._signature.check(args, kwargs, batch=0)
-        except CalibrationError as error:
-            raise InputError(str(error).removeprefix("batch 0: ")) from None
         return self.lower("integer")(*args, **kwargs)
 
-    def lower(self, backend: Backend) -> Callable[..., Any]:
+    def lower(self, backend: Backend) -> Lowered:
         """A callable with the model's signature that runs on one backend.
 
         Raises:
@@ -63,7 +92,7 @@ class QuantizedModel:
         if backend not in BACKENDS:
             raise unknown_name("backend", backend, BACKENDS)
         if backend not in self._lowered:
-            self._lowered[backend] = self._lower(backend)
+            self._lowered[backend] = Lowered(self._lower(backend), self._signature)
         return self._lowered[backend]
 
     def _lower(self, backend: Backend) -> Callable[..., Any]:
@@ -83,8 +112,8 @@ class QuantizedModel:
                 default: the sample kept from compilation.
         """
         args, kwargs = self._call_of(inputs)
-        session = self.lower("onnx")
-        return parity.compare(self.graph_module, (args, kwargs), session=session)
+        session = self.lower("onnx").runner
+        return parity.compare(self.graph_module, bound(self._signature, args, kwargs), session=session)
 
     def _call_of(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if inputs is None:
@@ -96,7 +125,9 @@ class QuantizedModel:
     def explain(self, runtime: Literal["onnxruntime"] | None = None) -> Any:
         """Per node: format, bits, kernel and float islands with the rewrite that cures them."""
         if runtime is None:
-            return integer.lower(self.graph_module).explain()
+            runner = self.lower("integer").runner
+            assert isinstance(runner, integer.IntegerModel)
+            return runner.explain()
         if runtime != "onnxruntime":
             raise unknown_name("runtime", runtime, ("onnxruntime",))
         return onnx.explain(self.graph_module, sample=(self.sample.args, self.sample.kwargs))

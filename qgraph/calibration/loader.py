@@ -171,14 +171,14 @@ def _left_out(signature: Signature, batch: Any) -> set[str]:
 def _arguments(signature: Signature, batch: Any) -> Arguments | None:
     """The call a batch stands for; None when it fits nothing."""
     if isinstance(batch, Tensor):
-        return _bind(signature, (batch,), {})
+        return bind(signature, (batch,), {})
     if isinstance(batch, Mapping):
         return _from_mapping(signature, batch)
     if not isinstance(batch, (tuple, list)):
         return None
     if len(batch) == 2 and isinstance(batch[0], (tuple, list)) and isinstance(batch[1], dict):
-        return _bind(signature, tuple(batch[0]), dict(batch[1]))
-    found = _bind(signature, tuple(batch), {})
+        return bind(signature, tuple(batch[0]), dict(batch[1]))
+    found = bind(signature, tuple(batch), {})
     if found is None and len(batch) == 2:  # (inputs, label)
         found = _arguments(signature, batch[0])
     if found is None and len(batch) == 1:
@@ -191,11 +191,14 @@ def _from_mapping(signature: Signature, batch: Mapping[Any, Any]) -> Arguments |
     if all(name in batch for name in names):
         positional = tuple(batch[name] for name in signature.positional)
         return positional, {name: batch[name] for name in signature.keyword}
-    return _bind(signature, (dict(batch),), {})
+    return bind(signature, (dict(batch),), {})
 
 
-def _bind(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-    """Fit positional and keyword inputs to the signature, moving them across by name."""
+def bind(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+    """Fit positional and keyword inputs to the signature, moving them across by name.
+
+    None when they do not fit.
+    """
     names = (*signature.positional, *signature.keyword)
     if len(args) > len(names):
         return None
