@@ -55,7 +55,7 @@ class ChooseRanges(Pass):
     establishes: ClassVar[frozenset[str]] = frozenset({Fact.RANGES})
 
     method: str = "output"
-    rows: int = 64
+    rows: int = 256
     add_sqnr: float = 30.0
 
     def __post_init__(self) -> None:
@@ -69,7 +69,9 @@ class ChooseRanges(Pass):
                 yield Request(value, "Histogram")
             if self.method == "output" and output_weight(module, sites) is not None:
                 axis = sites[0].axis if sites[0].axis is not None else -1
-                yield Request(value, "Reservoir", (("axis", axis), ("rows", self.rows)))
+                yield Request(
+                    value, "Reservoir", (("axis", axis), ("rows", self.rows), ("per_sample", 16))
+                )
 
     def run(self, module: GraphModule, context: Context) -> bool:  # noqa: D102
         self._spare_adds(context)
@@ -91,7 +93,7 @@ class ChooseRanges(Pass):
         extrema = seen.range()
         weight = output_weight(module, sites) if self.method == "output" else None
         if weight is not None:
-            rows = seen.get(Reservoir).sampled()
+            rows = seen.get(Reservoir, rows=self.rows).sampled()
             low, high = extrema.bounds()
             found = choose_range_for_output(rows, weight, low=low, high=high, bits=bits)
             return (*found, "output-aware")

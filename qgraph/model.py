@@ -113,7 +113,8 @@ class QuantizedModel:
         """
         args, kwargs = self._call_of(inputs)
         session = self.lower("onnx").runner
-        return parity.compare(self.graph_module, bound(self._signature, args, kwargs), session=session)
+        call = bound(self._signature, args, kwargs)
+        return parity.compare(self.graph_module, call, session=session)
 
     def _call_of(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if inputs is None:

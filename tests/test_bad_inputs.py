@@ -77,7 +77,8 @@ def test_nan_inside_the_network_names_the_node_and_its_source():
             return self.linear(torch.log(x + 3))
 
     loader = [torch.zeros(4, 6), torch.full((4, 6), -9.0)]
-    with pytest.raises(qgraph.CalibrationError, match=r"batch 1: 24 non-finite.*log.*test_bad_inputs"):
+    named = r"batch 1: 24 non-finite.*log.*test_bad_inputs"
+    with pytest.raises(qgraph.CalibrationError, match=named):
         qgraph.compile(Root().eval(), loader)
 
 
@@ -157,12 +158,18 @@ def test_other_float_dtypes_work_and_are_kept_at_the_borders(model, dtype):
 
 @pytest.mark.parametrize(
     "wrong",
-    [torch.randn(4, 5), torch.randn(4, 6, 1), torch.zeros(4, 6, dtype=torch.int64), torch.randn(0, 6)],
+    [
+        torch.randn(4, 5),
+        torch.randn(4, 6, 1),
+        torch.zeros(4, 6, dtype=torch.int64),
+        torch.randn(0, 6),
+    ],
     ids=["width", "rank", "dtype", "empty"],
 )
 def test_wrong_inputs_at_run_time_are_refused_with_both_sides_shown(model, wrong):
     quantized = qgraph.compile(model, batches())
-    with pytest.raises(qgraph.InputError, match=r"input 'x' is .*the model takes float32\[s\d+, 6\]"):
+    both = r"input 'x' is .*the model takes float32\[s\d+, 6\]"
+    with pytest.raises(qgraph.InputError, match=both):
         quantized(wrong)
     with pytest.raises(qgraph.InputError, match="the model takes"):
         quantized()

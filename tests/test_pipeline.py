@@ -151,7 +151,7 @@ def test_an_exact_rewrite_passes_and_is_stamped_with_the_name_of_its_pass():
 
 
 def test_a_missing_fact_is_refused_before_anything_runs():
-    with pytest.raises(ConfigError, match="need-doubled .step 1.*'doubled'.*no pass before it"):
+    with pytest.raises(ConfigError, match=r"need-doubled .step 1.*'doubled'.*no pass before it"):
         run(NeedDoubled())
 
 
@@ -188,7 +188,7 @@ def test_a_dropped_bias_is_found_at_its_linear():
 
 
 def test_writing_into_a_tensor_in_place_is_refused_by_name():
-    with pytest.raises(PassError, match="write-in-place wrote into '.*weight' in place"):
+    with pytest.raises(PassError, match=r"write-in-place wrote into '.*weight' in place"):
         run(WriteInPlace())
 
 

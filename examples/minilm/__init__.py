@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The real MiniLM-L6 sentence encoder and real sentences, for the demo, tests and benchmarks."""
 
+from examples.minilm.batches import batches, calibration_batches, evaluation_batches
 from examples.minilm.model import load_model, tokenize
 from examples.minilm.sentences import sentences
-from examples.minilm.batches import batches, calibration_batches, evaluation_batches
 
 __all__ = [
     "batches",

@@ -70,7 +70,12 @@ def _parameters(model: nn.Module) -> dict[str, bool] | None:
 
 
 def small_sample(
-    module: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], *, dynamic: bool, size: int = 2
+    module: GraphModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    dynamic: bool,
+    size: int = 2,
 ) -> Sample:
     """The example cut to a few samples where the batch is dynamic, on the module's device."""
     leaves, spec = pytree.tree_flatten((args, kwargs))

@@ -8,6 +8,7 @@ outputs on a sample before and after; where they differ, the first node that doe
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,10 +56,8 @@ def excerpt(module: GraphModule, node: Node, *, context: int = 5) -> str:
     """The lines of the graph around a node, the node marked."""
     nodes = list(module.graph.nodes)
     at = nodes.index(node)
-    lines = []
-    for item in nodes[max(0, at - context) : at + context + 1]:
-        lines.append(f"{'>>> ' if item is node else '    '}{item.format_node()}")
-    return "\n".join(lines)
+    shown = nodes[max(0, at - context) : at + context + 1]
+    return "\n".join(f"{'>>> ' if i is node else '    '}{i.format_node()}" for i in shown)
 
 
 def check_form(module: GraphModule) -> None:
@@ -220,7 +219,7 @@ def difference(before: list[Tensor], after: list[Tensor]) -> float:
         gap = torch.where(agree, 0.0, (a64 - b64).abs())
         size = a64[a64.isfinite()].abs().max() if bool(a64.isfinite().any()) else a64.new_ones(())
         value = float(gap.max() / size.clamp_min(torch.finfo(torch.float32).tiny))
-        worst = max(worst, value if value == value else float("inf"))
+        worst = max(worst, float("inf") if math.isnan(value) else value)
     return worst
 
 
