@@ -240,7 +240,8 @@ def _bound(
     if levels is None:
         length = contraction_length(node, what.data)
         growth = 1 if shift is None else 1 << int(shift.max())
-        return growth * dynamic_bound(length, data.range(), weight.range())
+        start = 0 if bias is None else int(bias.to(torch.int64).abs().max())
+        return growth * dynamic_bound(length, data.range(), weight.range()) + start
     axis = what.weight_axis if levels.ndim > 1 else 0
     return static_bound(levels, axis, data.range(), bias)
 

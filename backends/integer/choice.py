@@ -302,10 +302,14 @@ def _static_float(
     source = _operand(form, form.what.data)
     x = emitter.levels(data, form.data, source.meta["val"].ndim, dtype)
     w = emitter.buffer(f"{node.name}_weight", weight.to(dtype))
-    bias = None
-    if form.bias_codes is not None:
-        bias = emitter.buffer(f"{node.name}_bias", form.bias_codes.to(dtype))
-    return _float_choice(emitter, form, _with(emitter, form, x, w, bias), why)
+    accumulator = _with(emitter, form, x, w, _bias(emitter, form))
+    return _float_choice(emitter, form, accumulator, why)
+
+
+def _bias(emitter: Emitter, form: ProductForm) -> Node | None:
+    if form.bias_codes is None:
+        return None
+    return emitter.buffer(f"{form.node.name}_bias", form.bias_codes.to(form.exact_dtype))
 
 
 def _dynamic_float(emitter: Emitter, form: ProductForm) -> KernelChoice:
@@ -320,7 +324,7 @@ def _dynamic_float(emitter: Emitter, form: ProductForm) -> KernelChoice:
             factor = emitter.buffer("shift", along(growth, form.what.data_axis % ndim, ndim))
             x = emitter.call(aten.mul.Tensor, x, factor)
         operands.append(x)
-    accumulator = _with(emitter, form, operands[0], operands[1], None)
+    accumulator = _with(emitter, form, operands[0], operands[1], _bias(emitter, form))
     return _float_choice(emitter, form, accumulator, "both operands are computed")
 
 
