@@ -69,13 +69,14 @@ class HoistQuantizers(Pass):
         """``move -> quantize`` becomes ``quantize -> move``; returns the new quantize node."""
         value = move.args[0]
         assert isinstance(value, Node)
+        assert callable(move.target)
         twin = next((u for u in value.users if _same_quantizer(u, node)), None)
         if twin is None:
             twin = insert_call(module, QUANTIZE, value, *node.args[1:], like=node, before=move)
             _pull_up(node, twin)
         moved = insert_call(
             module, move.target, twin, *move.args[1:], like=move, before=node, **move.kwargs
-        )  # type: ignore[arg-type]
+        )
         node.replace_all_uses_with(moved)
         module.graph.erase_node(node)
         return twin

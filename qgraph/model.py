@@ -113,6 +113,7 @@ class QuantizedModel:
         """
         args, kwargs = self._call_of(inputs)
         session = self.lower("onnx").runner
+        assert isinstance(session, onnx.Session)
         call = bound(self._signature, args, kwargs)
         return parity.compare(self.graph_module, call, session=session)
 

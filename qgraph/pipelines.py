@@ -154,7 +154,7 @@ def with_options(built: Pipeline, options: dict[str, object]) -> Pipeline:
     edited = []
     for item in built:
         names = {f.name for f in dataclasses.fields(item)} & options.keys()
-        edited.append(dataclasses.replace(item, **{n: options[n] for n in names}))  # type: ignore[arg-type]
+        edited.append(dataclasses.replace(item, **{n: options[n] for n in names}))
     return dataclasses.replace(built, passes=tuple(edited), options=dict(options))
 
 

@@ -58,7 +58,7 @@ class TwoTower(nn.Module):
 @dataclass
 class Case:
     model: nn.Module
-    batches: list
+    batches: list[object]
     held_out: object
 
 

@@ -86,7 +86,7 @@ def small_sample(
     for leaf, node in zip(leaves, nodes, strict=True):
         if isinstance(leaf, Tensor):
             fake = node.meta.get("val")
-            is_batch = dynamic and leaf.ndim > 0 and not isinstance(fake.shape[0], int)  # type: ignore[union-attr]
+            is_batch = dynamic and leaf.ndim > 0 and not isinstance(fake.shape[0], int)
             kept = leaf[:size] if is_batch else leaf
             cut.append(kept.detach().clone().to(device))
         else:

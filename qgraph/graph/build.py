@@ -23,7 +23,7 @@ def fake_mode(module: GraphModule) -> FakeTensorMode:
     for node in module.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, torch._subclasses.FakeTensor):
-            return value.fake_mode  # type: ignore[no-any-return]
+            return value.fake_mode
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
