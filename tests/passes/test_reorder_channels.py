@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reordering keeps the function, folds where exact, refuses where not, and says why."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from qgraph.calibration import ChannelRange, Range, Reservoir, build_statistics
+from qgraph.calibration.sweep import collect
+from qgraph.calibration.transport import permuted_statistics
+from qgraph.errors import ConfigError
+from qgraph.formats import AffineEncoding, LevelEncoding
+from qgraph.graph.edges import Edge
+from qgraph.graph.permute_channels import (
+    apply_fold,
+    find_fold,
+    insert_gather,
+    permute_columns,
+)
+from qgraph.graph.requests import Request
+from qgraph.graph.trace import trace
+from qgraph.passes import ReorderChannels, UseDualRegions
+from tests.passes.deciding import decided, seeded
+
+WIDE = torch.tensor([1.0] * 28 + [20.0, 30.0, 60.0, 90.0])[torch.randperm(32)]
+
+
+class Normed(nn.Module):
+    """A layer norm read by two linears and a residual sum; some channels are wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(32)
+        self.left, self.right = nn.Linear(32, 32), nn.Linear(32, 8)
+        with torch.no_grad():
+            self.norm.weight.copy_(WIDE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(torch.cat([x, x.flip(-1)], -1))
+        return torch.cat([self.left(y) + y, self.right(y)], -1)
+
+
+class Mlp(nn.Module):
+    """Two linears with an elementwise function between; some hidden channels are wide."""
+
+    def __init__(self, *, peek: bool = False) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 32), nn.Linear(32, 8)
+        self.peek = peek
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(self.first(x))
+        out: Tensor = self.second(hidden)
+        return out + hidden.sum() if self.peek else out
+
+
+def wide_mlp(*, peek: bool = False) -> nn.Module:
+    model = seeded(Mlp(peek=peek))
+    assert isinstance(model, Mlp)
+    with torch.no_grad():
+        model.first.weight *= WIDE[:, None]
+    return model
+
+
+def outputs(module: nn.Module, batches: list[Tensor]) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([module(b) for b in batches])
+
+
+def test_outlier_channels_get_groups_and_the_float_function_is_kept():
+    found = decided(seeded(Normed()), ReorderChannels(tile=1), verify=True)
+    ((outcome, reason),) = found.lines("reorder-channels")
+    assert outcome == "applied"
+    assert "channel groups" in reason
+    assert "gathered (layer_norm is also read by add" in reason
+    before, after = (outputs(m, found.batches) for m in (found.before, found.module))
+    assert float((before - after).abs().max() / before.abs().max()) <= 1e-6
+    encodings = {id(s.encoding) for s in found.context.plan if s.decided_by == "reorder-channels"}
+    assert len(encodings) == 1
+
+
+def test_the_gather_makes_groups_contiguous_and_leaves_other_readers_alone():
+    found = decided(seeded(Normed()), ReorderChannels(tile=1))
+    (gather,) = [n for n in found.module.graph.nodes if "index_select" in n.name]
+    assert {u.name.split("_")[0] for u in gather.users} == {"linear"}
+    norm = gather.args[0]
+    assert any(u.name.startswith("add") for u in norm.users)
+    encoding = next(s.encoding for s in found.context.plan if s.decided_by == "reorder-channels")
+    assert isinstance(encoding, AffineEncoding)
+    assert (encoding.scale.diff() >= 0).all()
+    mantissa, _ = torch.frexp(encoding.scale / encoding.scale.min())
+    assert (mantissa == 0.5).all()
+
+
+def test_the_order_is_folded_into_the_linear_before_an_elementwise_function():
+    found = decided(wide_mlp(), ReorderChannels(tile=1), verify=True)
+    ((outcome, reason),) = found.lines("reorder-channels")[-1:]
+    assert outcome == "applied"
+    assert "order folded into linear" in reason
+    assert not any("index_select" in n.name for n in found.module.graph.nodes)
+    before, after = (outputs(m, found.batches) for m in (found.before, found.module))
+    assert torch.allclose(before, after, rtol=1e-4, atol=1e-3)
+
+
+def test_where_somebody_else_reads_the_hidden_value_nothing_is_folded():
+    found = decided(wide_mlp(peek=True), ReorderChannels(tile=1), verify=True)
+    (_, reason) = found.lines("reorder-channels")[-1]
+    assert "gathered (gelu is also read by sum" in reason
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.permutations(range(12)), st.integers(0, 100))
+def test_any_permutation_keeps_the_function_bit_for_bit_on_integers(order, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-50, 50, (6, 12), generator=generator)
+    weight = torch.randint(-50, 50, (5, 12), generator=generator)
+    at = torch.tensor(order)
+    assert torch.equal(x[:, at] @ weight[:, at].T, x @ weight.T)
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(F.silu(self.first(x)) * 2.0)
+        return out
+
+
+CHAIN = Chain().eval()
+TRACED = trace(CHAIN, torch.randn(3, 6))
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.permutations(range(12)), st.booleans())
+def test_folding_or_gathering_any_permutation_keeps_the_function(order, fold):
+    from qgraph.graph.build import shallow_copy
+
+    module = shallow_copy(TRACED)
+    second = [n for n in module.graph.nodes if n.name.startswith("linear")][1]
+    value = second.args[0]
+    at = torch.tensor(order)
+    permute_columns(module, second, at)
+    if fold:
+        found = find_fold(value, [second])
+        assert not isinstance(found, str)
+        apply_fold(module, found, at)
+    else:
+        insert_gather(module, value, [Edge(second, (0,))], at)
+    module.graph.lint()
+    module.recompile()
+    x = torch.randn(7, 6)
+    with torch.no_grad():
+        assert torch.allclose(module(x), CHAIN(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_norm_is_never_reordered_by_gamma_and_beta():
+    class Alone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.out = nn.LayerNorm(16), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.out(self.norm(x))
+            return out
+
+    module = trace(Alone().eval(), torch.randn(3, 16))
+    norm = next(n for n in module.graph.nodes if "norm" in n.name and n.op == "call_function")
+    (consumer,) = norm.users
+    reason = find_fold(norm, [consumer])
+    assert isinstance(reason, str)
+    assert "is a norm: its weights cannot reorder" in reason
+    x, order = torch.randn(5, 16), torch.randperm(16)
+    gamma, beta = torch.randn(16), torch.randn(16)
+    right = F.layer_norm(x, (16,), gamma, beta)[:, order]
+    assert not torch.allclose(F.layer_norm(x, (16,), gamma[order], beta[order]), right, atol=0.1)
+
+
+def test_tied_weights_are_cloned_before_they_are_permuted():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.out = nn.LayerNorm(32), nn.Linear(32, 32)
+            with torch.no_grad():
+                self.norm.weight.copy_(WIDE)
+
+        def forward(self, x: Tensor) -> Tensor:
+            wide = self.out(self.norm(torch.cat([x, x.flip(-1)], -1)))
+            return torch.cat([wide, self.out(wide.tanh())], -1)
+
+    found = decided(seeded(Tied()), ReorderChannels(tile=1), verify=True)
+    before, after = (outputs(m, found.batches) for m in (found.before, found.module))
+    assert torch.allclose(before, after, rtol=1e-4, atol=1e-4)
+    assert any(o == "applied" for o, _ in found.lines("reorder-channels"))
+
+
+def test_even_channels_stay_one_group_and_say_so():
+    found = decided(
+        seeded(nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))),
+        ReorderChannels(grouping="outliers"),
+    )
+    assert ("kept", "channel ranges form one group") in found.lines("reorder-channels")
+    assert (
+        found.module.graph.find_nodes(
+            op="call_function", target=torch.ops.aten.index_select.default
+        )
+        == []
+    )
+
+
+def test_a_gain_that_is_too_small_changes_nothing_unless_forced():
+    kept = decided(seeded(Normed()), ReorderChannels(tile=1, min_gain_db=300.0), verify=True)
+    assert kept.lines("reorder-channels")[0][0] == "kept"
+    assert not kept.steps["reorder-channels"].changed
+    forced = ReorderChannels(tile=1, min_gain_db=300.0, force=("left",))
+    assert decided(seeded(Normed()), forced).lines("reorder-channels")[0][0] == "applied"
+    skipped = decided(seeded(Normed()), ReorderChannels(skip=("left",)))
+    assert skipped.lines("reorder-channels") == [("kept", "left alone on request")]
+
+
+def test_a_second_run_changes_nothing():
+    @dataclasses.dataclass(frozen=True)
+    class Again(ReorderChannels):
+        name = "reorder-channels-again"
+
+    found = decided(seeded(Normed()), ReorderChannels(tile=1), Again(tile=1), verify=True)
+    assert not found.steps["reorder-channels-again"].changed
+    assert found.lines("reorder-channels-again") == []
+
+
+def test_a_graph_without_linears_is_left_alone():
+    found = decided(nn.Sequential(nn.Conv1d(12, 4, 1), nn.ReLU()), ReorderChannels(), verify=True)
+    assert found.lines("reorder-channels") == []
+    assert not found.steps["reorder-channels"].changed
+
+
+def test_padding_rows_do_not_vote():
+    data = [torch.randn(4, 12, 16) for _ in range(3)]
+    for batch in data:
+        batch[:, 8:, 3] = 500.0
+    mask = torch.arange(12).expand(4, 12) < 8
+    model = seeded(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)))
+    seen = decided(model, ReorderChannels(tile=1, grouping="outliers"), data=data)
+    masked = decided(
+        model, ReorderChannels(tile=1, grouping="outliers"), data=data,
+        row_masks=lambda args, kwargs: mask,
+    )  # fmt: skip
+    assert seen.lines("reorder-channels")[0][0] == "applied"
+    assert masked.lines("reorder-channels")[0] == ("kept", "channel ranges form one group")
+
+
+def test_element_groups_are_available_and_count_their_bits():
+    found = decided(seeded(Normed()), ReorderChannels(elements=True), name="int6")
+    ((outcome, reason),) = found.lines("reorder-channels")
+    assert outcome == "applied"
+    encoding = next(s.encoding for s in found.context.plan if s.decided_by == "reorder-channels")
+    assert isinstance(encoding, LevelEncoding)
+    assert encoding.bits > 8 or "groups" in reason
+    assert not found.steps["reorder-channels"].changed
+
+
+def test_it_takes_over_from_two_regions_only_where_it_is_better():
+    found = decided(wide_mlp(), UseDualRegions(force=("*",)), ReorderChannels(tile=1))
+    by = {s.decided_by for s in found.context.plan.activations() if "gelu" in s.value.name}
+    assert by == {"reorder-channels"}
+    found = decided(wide_mlp(), UseDualRegions(force=("*",)), ReorderChannels(min_gain_db=300.0))
+    by = {s.decided_by for s in found.context.plan.activations() if "gelu" in s.value.name}
+    assert by == {"use-dual-regions"}
+
+
+def test_transported_statistics_equal_those_of_a_fresh_sweep():
+    found = decided(wide_mlp(), ReorderChannels(tile=1))
+    value = next(n for n in found.module.graph.nodes if n.name == "gelu")
+    transported = found.context.statistics[value]
+    asked = [Request(value, "ChannelRange", (("axis", -1),)), Request(value, "Range")]
+    fresh = build_statistics(asked)
+    collect(found.module, found.batches, fresh)
+    for kind in (ChannelRange, Range):
+        ours, theirs = transported.get(kind).fields(), fresh[value].get(kind).fields()
+        assert torch.allclose(ours["low"], theirs["low"], atol=1e-5)
+        assert torch.allclose(ours["high"], theirs["high"], rtol=1e-5)
+    rows = transported.get(Reservoir).sampled()
+    assert (rows <= transported.get(ChannelRange).fields()["high"] + 1e-4).all()
+    identity = permuted_statistics(transported, torch.arange(32))
+    assert torch.equal(identity.get(Reservoir).sampled(), rows)
+
+
+def test_an_unknown_grouping_is_refused():
+    with pytest.raises(ConfigError, match="grouping"):
+        ReorderChannels(grouping="octave")
