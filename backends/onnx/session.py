@@ -19,6 +19,11 @@ from qgraph.backends.onnx.safety import check_bytes, check_file
 from qgraph.backends.onnx.signature import Signature, load
 from qgraph.errors import ArtifactError, InputError
 
+_CODE_TYPES = {
+    "uint8": onnx.TensorProto.UINT8, "int16": onnx.TensorProto.INT16,
+    "uint16": onnx.TensorProto.UINT16, "int32": onnx.TensorProto.INT32,
+}  # fmt: skip
+
 
 class Session:
     """An exported model, callable like the model it came from.
@@ -48,8 +53,8 @@ class Session:
             raise ArtifactError(msg)
         self.signature: Signature
         self.signature, data = load(texts["qgraph"])
-        self._codes: dict[str, dict[str, Any]] = dict(data.get("codes", {}))
-        self._config = {**SESSION_CONFIG, **data.get("session", {})}
+        self._codes = read_codes(data.get("codes", {}))
+        self._config = read_config(data.get("session", {}))
         self._session = self._start(self._source)
         self._probe: onnxruntime.InferenceSession | None = None
 
@@ -92,13 +97,13 @@ class Session:
         else:
             model = onnx.load(self._source)
         present = {o.name for o in model.graph.output}
-        kinds = {"uint8": onnx.TensorProto.UINT8, "int16": onnx.TensorProto.INT16,
-                 "uint16": onnx.TensorProto.UINT16, "int32": onnx.TensorProto.INT32}  # fmt: skip
         for entry in self._codes.values():
             if entry["value"] not in present:
                 present.add(entry["value"])
                 model.graph.output.append(
-                    onnx.helper.make_tensor_value_info(entry["value"], kinds[entry["dtype"]], None)
+                    onnx.helper.make_tensor_value_info(
+                        entry["value"], _CODE_TYPES[entry["dtype"]], None
+                    )
                 )
         return bytes(model.SerializeToString())
 
@@ -126,6 +131,38 @@ class Session:
                 msg = f"onnxruntime could not run these inputs: {error}"
                 raise InputError(msg) from error
             raise
+
+
+def read_config(data: object) -> dict[str, str]:
+    """Session settings of a file; only those that a file may set are accepted.
+
+    Raises:
+        ArtifactError: any other setting.
+    """
+    if not isinstance(data, dict) or not set(data) <= set(SESSION_CONFIG):
+        msg = f"the file asks for session settings {data!r}; allowed: {sorted(SESSION_CONFIG)}"
+        raise ArtifactError(msg)
+    return {**SESSION_CONFIG, **{str(k): str(v) for k, v in data.items()}}
+
+
+def read_codes(data: object) -> dict[str, dict[str, Any]]:
+    """Where a file keeps the codes of each quantize node.
+
+    Raises:
+        ArtifactError: the record is damaged.
+    """
+    try:
+        return {
+            str(name): {
+                "value": str(entry["value"]),
+                "shift": int(entry["shift"]),
+                "dtype": min({str(entry["dtype"])} & _CODE_TYPES.keys()),
+            }
+            for name, entry in data.items()  # type: ignore[attr-defined]
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        msg = f"the file's record of codes is damaged: {error!r}"
+        raise ArtifactError(msg) from error
 
 
 def session_options(

@@ -68,6 +68,8 @@ class Signature:
                 Input(int(i["leaf"]), str(i["name"]), str(i["dtype"]), tuple(i["shape"]))
                 for i in data["inputs"]
             )
+            for item in inputs:
+                _dtype(item.dtype)
             return cls(
                 in_spec=str(data["in_spec"]), out_spec=str(data["out_spec"]),
                 arguments=tuple(map(str, data["arguments"])),
@@ -100,7 +102,7 @@ class Signature:
         ]
         try:
             spec = pytree.treespec_loads(self.out_spec)
-        except (NotImplementedError, ValueError, KeyError, ImportError, AttributeError):
+        except (NotImplementedError, ValueError, KeyError, ImportError, AttributeError, TypeError):
             return dict(zip(self.output_names, tensors, strict=True))
         return pytree.tree_unflatten(leaves, spec)
 
@@ -131,7 +133,7 @@ class Signature:
         if not isinstance(value, Tensor):
             msg = f"input {declared.name!r} must be a tensor, got {type(value).__name__}"
             raise InputError(msg)
-        expected = getattr(torch, declared.dtype)
+        expected = _dtype(declared.dtype)
         if value.dtype != expected:
             if value.dtype.is_floating_point != expected.is_floating_point:
                 msg = f"input {declared.name!r} has dtype {value.dtype}, expected {expected}"
@@ -145,6 +147,14 @@ class Signature:
             raise InputError(msg)
         checked: Tensor = value.detach().cpu()
         return checked
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        msg = f"unknown dtype {name!r}"
+        raise ValueError(msg)
+    return found
 
 
 def symbols(module: GraphModule) -> dict[str, str]:

@@ -11,8 +11,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from qgraph.backends.onnx.capabilities import SESSION_CONFIG
 from qgraph.backends.onnx.safety import check_bytes, check_file, declared_bytes
-from qgraph.backends.onnx.session import Session
+from qgraph.backends.onnx.session import Session, read_codes, read_config
+from qgraph.backends.onnx.signature import Signature, load
 from qgraph.errors import ArtifactError
 
 
@@ -119,6 +121,20 @@ def test_garbage_empty_and_foreign_files_are_named(tmp_path: Path) -> None:
     weight = numpy_helper.from_array(np.zeros(4, np.float32), "w")
     with pytest.raises(ArtifactError, match="no qgraph metadata"):
         Session(model(weight).SerializeToString())
+
+
+def test_metadata_may_not_choose_session_settings_or_odd_types() -> None:
+    assert read_config({}) == SESSION_CONFIG
+    with pytest.raises(ArtifactError, match="session settings"):
+        read_config({"session.load_model_format": "ORT"})
+    with pytest.raises(ArtifactError, match="record of codes"):
+        read_codes({"q": {"value": "v", "shift": 0, "dtype": "object"}})
+    for text in ("{", "[]", '{"version": 9}', '{"version": 1, "signature": {"inputs": 3}}'):
+        with pytest.raises(ArtifactError):
+            load(text)
+    bad = {"leaf": 0, "name": "x", "dtype": "nn", "shape": []}
+    with pytest.raises(ArtifactError, match="damaged"):
+        Signature.from_json({"inputs": [bad]})
 
 
 def test_declared_bytes_know_packed_types() -> None:
