@@ -199,6 +199,7 @@ class Step:
         name: of the pass.
         changed: whether the graph changed.
         seconds: wall time of the pass without its verification.
+        cpu_seconds: CPU time of the same, all threads.
         max_abs: largest output difference found by the replay, None if not replayed.
         nodes: number of nodes afterwards.
     """
@@ -206,6 +207,7 @@ class Step:
     name: str
     changed: bool
     seconds: float
+    cpu_seconds: float
     max_abs: float | None
     nodes: int
 
@@ -224,12 +226,13 @@ def run_pipeline(pipeline: Pipeline, module: GraphModule, context: Context) -> l
     steps = []
     for number, item in enumerate(pipeline.passes, start=1):
         context.progress_step(item.name, number, len(pipeline.passes))
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         changed = _run_one(item, module, context)
-        seconds = time.perf_counter() - start
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         max_abs = verifier.after(item.claim(), module, changed=changed)
         context.facts = (context.facts - item.invalidates) | item.establishes
-        steps.append(Step(item.name, changed, seconds, max_abs, len(module.graph.nodes)))
+        size = len(module.graph.nodes)
+        steps.append(Step(item.name, changed, seconds, cpu_seconds, max_abs, size))
         LOGGER.debug("%s: changed=%s in %.2f s", item.name, changed, seconds)
     return steps
 

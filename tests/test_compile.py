@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -58,7 +59,7 @@ class TwoTower(nn.Module):
 @dataclass
 class Case:
     model: nn.Module
-    batches: list[object]
+    batches: Sequence[object]
     held_out: object
 
 
