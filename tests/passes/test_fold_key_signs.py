@@ -6,10 +6,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qgraph.calibration import ChannelRange
+from qgraph.calibration import ChannelHistogram, ChannelRange
+from qgraph.calibration.operand_channels import OperandChannels, view_of
+from qgraph.formats import AffineEncoding
 from qgraph.graph.channel_maps import channel_maps
 from qgraph.graph.edges import Edge
+from qgraph.graph.row_classes import RowClasses
 from qgraph.passes import FoldKeySigns
+from qgraph.passes.fold_key_signs import negative_classes
 from tests.graph.attention_models import (
     ILLEGAL,
     LEGAL,
@@ -88,6 +92,53 @@ def test_symmetric_keys_are_not_worth_it() -> None:
     (found,) = decisions(context, "fold-key-signs")
     assert found.outcome == "kept"
     assert not any("signed" in n for n in dict(module.named_buffers()))
+
+
+def test_after_folding_every_key_channel_has_a_mean_above_zero() -> None:
+    module, context = run(seeded(Separate), FoldKeySigns(force_signs=True))
+    maps = channel_maps(module)
+    view = view_of(maps, maps.sites[0].site.key)
+    assert view is not None
+    mean, _ = OperandChannels.of(view, context.statistics[view.node]).moments()
+    assert bool((mean >= 0).all())
+
+
+def test_two_sided_channels_may_widen_and_are_then_left_alone() -> None:
+    def channels(low: list[float], high: list[float]) -> OperandChannels:
+        x = torch.tensor([low, high, low, low, low])
+        extrema, histogram = ChannelRange(-1), ChannelHistogram(-1)
+        extrema.update(x)
+        histogram.update(x)
+        return OperandChannels(torch.tensor([1, 2]), extrema, histogram, 1.0)
+
+    key = channels([-1.0, -1.1], [5.0, 1.0])
+    flipped = negative_classes([key], RowClasses(2))
+    assert flipped == {2}
+    both = channels([-1.0, -1.0], [5.0, 3.9])
+    flipped = negative_classes([both], RowClasses(2))
+    assert flipped == {2}
+    was, now = both.range().bounds(), both.mirrored(torch.tensor([False, True])).range().bounds()
+    assert now[1] - now[0] > was[1] - was[0]
+    assert (
+        both.mirrored(torch.tensor([False, True])).encoding(4, "minmax")[1]
+        > both.encoding(4, "minmax")[1]
+    )
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_restricted_weight_codes_commute_with_signs_and_full_ones_do_not(bits: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(200)
+    weight[0] = -weight.abs().max() - 1.0
+    top = 2 ** (bits - 1)
+
+    def grid(qmin: int) -> AffineEncoding:
+        scale, zero = torch.tensor(float(weight.abs().max()) / top), torch.tensor(0)
+        return AffineEncoding(scale=scale, zero_point=zero, qmin=qmin, qmax=top - 1)
+
+    restricted, full = grid(1 - top), grid(-top)
+    assert torch.equal(restricted.fake(-weight), -restricted.fake(weight))
+    assert not torch.equal(full.fake(-weight), -full.fake(weight))
 
 
 def test_sites_of_queries_and_keys_are_decided_and_nothing_else() -> None:
