@@ -104,25 +104,17 @@ def test_after_folding_every_key_channel_has_a_mean_above_zero() -> None:
 
 
 def test_two_sided_channels_may_widen_and_are_then_left_alone() -> None:
-    def channels(low: list[float], high: list[float]) -> OperandChannels:
-        x = torch.tensor([low, high, low, low, low])
-        extrema, histogram = ChannelRange(-1), ChannelHistogram(-1)
-        extrema.update(x)
-        histogram.update(x)
-        return OperandChannels(torch.tensor([1, 2]), extrema, histogram, 1.0)
-
-    key = channels([-1.0, -1.1], [5.0, 1.0])
-    flipped = negative_classes([key], RowClasses(2))
-    assert flipped == {2}
-    both = channels([-1.0, -1.0], [5.0, 3.9])
-    flipped = negative_classes([both], RowClasses(2))
-    assert flipped == {2}
-    was, now = both.range().bounds(), both.mirrored(torch.tensor([False, True])).range().bounds()
-    assert now[1] - now[0] > was[1] - was[0]
-    assert (
-        both.mirrored(torch.tensor([False, True])).encoding(4, "minmax")[1]
-        > both.encoding(4, "minmax")[1]
-    )
+    torch.manual_seed(0)
+    x = 6.0 * torch.rand(400, 2) ** torch.tensor([1.0, 8.0]) - 1.0  # means 2 and -1/3
+    extrema, histogram = ChannelRange(-1), ChannelHistogram(-1, positions=0)
+    extrema.update(x)
+    histogram.update(x)
+    key = OperandChannels(torch.tensor([1, 2]), extrema, histogram, 1.0)
+    assert negative_classes([key], RowClasses(2)) == {2}
+    folded = key.mirrored(torch.tensor([False, True]))
+    (low, high), (lowest, highest) = key.range().bounds(), folded.range().bounds()
+    assert highest - lowest > 1.5 * (high - low)
+    assert folded.encoding(4, "minmax")[1] > 1.5 * key.encoding(4, "minmax")[1]
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
