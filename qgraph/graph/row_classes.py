@@ -86,3 +86,26 @@ class RowClasses:
         values, inverse = torch.unique(labels, return_inverse=True)
         allowed = [v != 0 and self.find(v) not in self.reasons for v in values.tolist()]
         return torch.tensor(allowed, dtype=torch.bool)[inverse]
+
+
+def compact(labels: Tensor) -> Tensor:
+    """Labels with size 1 along every axis where they do not vary."""
+    for axis in range(labels.ndim):
+        if labels.shape[axis] == 1:
+            continue
+        head = labels.narrow(axis, 0, 1)
+        if labels.stride(axis) == 0 or bool((labels == head).all()):
+            labels = head
+    return labels
+
+
+def compact_pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Two label tensors of one shape, cut to size 1 along axes where neither varies."""
+    for axis in range(first.ndim):
+        heads = first.narrow(axis, 0, 1), second.narrow(axis, 0, 1)
+        if first.shape[axis] > 1 and all(
+            x.stride(axis) == 0 or bool((x == head).all())
+            for x, head in zip((first, second), heads, strict=True)
+        ):
+            first, second = heads
+    return first, second

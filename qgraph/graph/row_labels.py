@@ -23,7 +23,7 @@ from torch.fx.node import map_arg
 from qgraph.graph.build import attribute
 from qgraph.graph.edges import Edge
 from qgraph.graph.ops import MOVES, SPLITS, OpKind, constants, kind, product
-from qgraph.graph.row_classes import RowClasses
+from qgraph.graph.row_classes import RowClasses, compact, compact_pair
 from qgraph.graph.tensors import weight_keys
 from qgraph.graph.verify import where
 
@@ -136,17 +136,6 @@ def _weight(source: Node) -> Node:
     weight = source.args[1]
     assert isinstance(weight, Node)
     return weight
-
-
-def compact(labels: Tensor) -> Tensor:
-    """Labels with size 1 along every axis where they do not vary."""
-    for axis in range(labels.ndim):
-        if labels.shape[axis] == 1:
-            continue
-        head = labels.narrow(axis, 0, 1)
-        if labels.stride(axis) == 0 or bool((labels == head).all()):
-            labels = head
-    return labels
 
 
 class _Replay:
@@ -395,15 +384,3 @@ def _tensor(labels: Labels) -> Tensor:
 
 def _name(node: Node) -> str:
     return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
-
-
-def compact_pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Two label tensors of one shape, cut to size 1 along axes where neither varies."""
-    for axis in range(first.ndim):
-        heads = first.narrow(axis, 0, 1), second.narrow(axis, 0, 1)
-        if first.shape[axis] > 1 and all(
-            x.stride(axis) == 0 or bool((x == head).all())
-            for x, head in zip((first, second), heads, strict=True)
-        ):
-            first, second = heads
-    return first, second
