@@ -53,7 +53,8 @@ def images(count: int, channels: int, size: int, seed: int) -> Tensor:
     columns = torch.fft.rfftfreq(size)[None, :]
     amplitude = 1 / (rows.square() + columns.square()).sqrt().clamp_min(1 / size)
     picture = torch.fft.irfft2(torch.fft.rfft2(noise) * amplitude, s=(size, size))
-    return (picture - picture.mean()) / picture.std()
+    normal: Tensor = (picture - picture.mean()) / picture.std()
+    return normal
 
 
 def vit(num_batches: int = 4) -> Case:

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Formats given by a table, in standard ops: a binary search over thresholds, a Gather.
+"""Formats given by a table, in standard ops that take the simulator's decisions bit for bit.
 
-Any sorted table works, and the comparisons are the ones of the simulator, in fp32, so the
-decisions agree bit for bit. The price is one Gather, Greater, Where and Add per bit.
+* any sorted table: a binary search over the thresholds (Gather, Greater, Where, Add per bit)
+  and a Gather to decode
+* tables of a few equally spaced runs, such as dual regions: a clamped count per run, which takes
+  a tenth of the time
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +21,56 @@ from qgraph.formats import LevelEncoding
 from qgraph.formats.base import along
 from qgraph.graph import dialect
 from qgraph.graph.build import insert_buffer, insert_call
+
+MAX_RUNS = 4
+# Halves below this are exact in fp32.
+_EXACT = 2.0**22
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """A sorted table as runs of equal steps.
+
+    Attributes:
+        ends: of each run the entry nearest zero (the first, or the last of a negative run).
+        steps: powers of two.
+        counts: entries per run.
+    """
+
+    ends: tuple[float, ...]
+    steps: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+def threshold_runs(thresholds: Tensor) -> Runs | None:
+    """The runs of a table of thresholds, or None if there are many or they are not exact."""
+    values = [float(v) for v in thresholds]
+    if any(abs(v) > _EXACT or v * 2 != round(v * 2) for v in values):
+        return None
+    runs: list[list[float]] = []
+    for value in values:
+        run = runs[-1] if runs else []
+        same_sign = bool(run) and (run[0] < 0) == (value < 0)
+        if same_sign and (len(run) == 1 or value - run[-1] == run[1] - run[0]):
+            run.append(value)
+        else:
+            runs.append([value])
+    steps = [r[1] - r[0] if len(r) > 1 else 1.0 for r in runs]
+    if len(runs) > MAX_RUNS or any(math.frexp(s)[0] != 0.5 for s in steps):
+        return None
+    ends = tuple(r[-1] if r[0] < 0 else r[0] for r in runs)
+    return Runs(ends, tuple(steps), tuple(len(r) for r in runs))
+
+
+def level_runs(levels: Tensor) -> Runs | None:
+    """The runs of a table of levels by the steps between them, or None if there are many."""
+    if int(levels.abs().max()) >= 2**24:
+        return None
+    steps, counts = torch.unique_consecutive(levels.diff(), return_counts=True)
+    if len(steps) > MAX_RUNS:
+        return None
+    given = tuple(float(s) for s in steps), tuple(int(c) for c in counts)
+    return Runs((float(levels[0]),), *given)
 
 
 def lower_level_nodes(module: GraphModule) -> None:
@@ -36,6 +91,18 @@ def _encoding(module: GraphModule, node: Node) -> LevelEncoding:
 def _lower_rank(module: GraphModule, node: Node) -> None:
     encoding = _encoding(module, node)
     ndim = node.meta["val"].ndim
+    runs = threshold_runs(encoding.thresholds) if encoding.thresholds.ndim == 1 else None
+    if runs is not None:
+        scale = insert_buffer(
+            module, f"{node.name}_scale", along(encoding.scale, encoding.axis, ndim), before=node
+        )
+        ranks = insert_call(
+            module, ops.RANK_RUNS, node.args[0], scale, list(runs.ends), list(runs.steps),
+            list(runs.counts), like=node, before=node,
+        )  # fmt: skip
+        node.replace_all_uses_with(ranks)
+        module.graph.erase_node(node)
+        return
     thresholds, steps = padded(encoding.thresholds)
     offsets = _offsets(module, node, thresholds, encoding, ndim)
     scale = insert_buffer(
@@ -52,6 +119,18 @@ def _lower_rank(module: GraphModule, node: Node) -> None:
 def _lower_lookup(module: GraphModule, node: Node) -> None:
     encoding = _encoding(module, node)
     ndim = node.meta["val"].ndim
+    runs = level_runs(encoding.levels) if encoding.levels.ndim == 1 else None
+    if runs is not None:
+        scale = insert_buffer(
+            module, f"{node.name}_scale", along(encoding.scale, encoding.axis, ndim), before=node
+        )
+        new = insert_call(
+            module, ops.LOOKUP_RUNS, node.args[0], scale, runs.ends[0], list(runs.steps),
+            list(runs.counts), like=node, before=node,
+        )  # fmt: skip
+        node.replace_all_uses_with(new)
+        module.graph.erase_node(node)
+        return
     values = encoding.levels.to(torch.float32)
     if encoding.scale.ndim and values.ndim == 1:
         values = values.unsqueeze(0).expand(encoding.scale.shape[0], -1)

@@ -8,7 +8,7 @@ runtime's codes can be compared with the simulator's, node by node.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx
@@ -33,6 +33,12 @@ _LIBRARY.define(
     "rank(Tensor x, Tensor scale, Tensor thresholds, Tensor? offsets, int steps) -> Tensor"
 )
 _LIBRARY.define("lookup(Tensor ranks, Tensor values, Tensor? offsets) -> Tensor")
+_LIBRARY.define(
+    "rank_runs(Tensor x, Tensor scale, float[] ends, float[] steps, int[] counts) -> Tensor"
+)
+_LIBRARY.define(
+    "lookup_runs(Tensor ranks, Tensor scale, float base, float[] steps, int[] counts) -> Tensor"
+)
 _LIBRARY.define("unpack_nibbles(Tensor packed, int offset) -> Tensor")
 
 QUANTIZE = torch.ops.qgraph_onnx.quantize.default
@@ -41,6 +47,8 @@ GEMM = torch.ops.qgraph_onnx.gemm.default
 MARK = torch.ops.qgraph_onnx.mark.default
 RANK = torch.ops.qgraph_onnx.rank.default
 LOOKUP = torch.ops.qgraph_onnx.lookup.default
+RANK_RUNS = torch.ops.qgraph_onnx.rank_runs.default
+LOOKUP_RUNS = torch.ops.qgraph_onnx.lookup_runs.default
 UNPACK_NIBBLES = torch.ops.qgraph_onnx.unpack_nibbles.default
 
 
@@ -83,6 +91,8 @@ for _name, _meta in (
     ("mark", _mark_meta),
     ("rank", _rank_meta),
     ("lookup", _lookup_meta),
+    ("rank_runs", _rank_meta),
+    ("lookup_runs", _lookup_meta),
     ("unpack_nibbles", _unpack_meta),
 ):
     torch.library.register_fake(f"qgraph_onnx::{_name}", _meta)
@@ -155,6 +165,49 @@ def _lookup(ranks: Any, values: Any, offsets: Any = None) -> Any:
     return op.Gather(values, ranks if offsets is None else op.Add(ranks, offsets))
 
 
+def _rank_runs(
+    x: Any, scale: Any, ends: Sequence[float], steps: Sequence[float], counts: Sequence[int]
+) -> Any:
+    """Thresholds strictly below ``x / scale``, counted run by run.
+
+    A run's thresholds are equally spaced; `ends` holds the one nearest zero. Subtracting that one
+    is exact in fp32 wherever it matters (same sign, larger magnitude), the steps are powers of
+    two, so each count is the one that comparisons would give.
+    """
+    units, total = op.Div(x, scale), None
+    for end, step, count in zip(ends, steps, counts, strict=True):
+        if end >= 0:
+            steps_up = op.Mul(op.Sub(units, _constant(end)), _constant(1 / step))
+            inside = op.Clip(op.Ceil(steps_up), _constant(0.0), _constant(count))
+        else:
+            steps_down = op.Mul(op.Sub(_constant(end), units), _constant(1 / step))
+            above = op.Add(op.Floor(steps_down), _constant(1.0))
+            inside = op.Clip(above, _constant(0.0), _constant(count))
+            inside = op.Sub(_constant(count), inside)
+        total = inside if total is None else op.Add(total, inside)
+    return op.Cast(total, to=onnx.TensorProto.INT32)
+
+
+def _lookup_runs(
+    ranks: Any, scale: Any, base: float, steps: Sequence[float], counts: Sequence[int]
+) -> Any:
+    """``scale * level[rank]`` for levels that rise in runs of equal steps from `base`."""
+    position, level, start = op.Cast(ranks, to=onnx.TensorProto.FLOAT), None, 0
+    for step, count in zip(steps, counts, strict=True):
+        moved = position if start == 0 else op.Sub(position, _constant(start))
+        inside = op.Clip(moved, _constant(0.0), _constant(count))
+        rise = inside if step == 1 else op.Mul(inside, _constant(step))
+        level = rise if level is None else op.Add(level, rise)
+        start += count
+    if base != 0:
+        level = op.Add(level, _constant(base))
+    return op.Mul(level, scale)
+
+
+def _constant(value: float) -> Any:
+    return op.Constant(value=onnx.helper.make_tensor("", onnx.TensorProto.FLOAT, [], [value]))
+
+
 def _unpack_nibbles(packed: Any, offset: int) -> Any:
     """Two 4-bit codes per byte, the low nibble first, to int8 codes ``nibble + offset``."""
     low = op.BitwiseAnd(packed, op.Constant(value=_uint8(15)))
@@ -188,5 +241,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         MARK: _mark,
         RANK: _rank,
         LOOKUP: _lookup,
+        RANK_RUNS: _rank_runs,
+        LOOKUP_RUNS: _lookup_runs,
         UNPACK_NIBBLES: _unpack_nibbles,
     }

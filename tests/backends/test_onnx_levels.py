@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from qgraph.backends.onnx.export import export
-from qgraph.backends.onnx.levels import padded
+from qgraph.backends.onnx.levels import Runs, level_runs, padded, threshold_runs
 from qgraph.backends.onnx.prepare import pack_nibbles
 from qgraph.backends.onnx.session import Session
 from qgraph.formats import AffineEncoding, Encoding, LevelEncoding
+from qgraph.formats.levels import midpoints
 from qgraph.graph.build import insert_call
 from qgraph.graph.dialect import DEQUANTIZE, DEQUANTIZE_LEVELS, QUANTIZE, QUANTIZE_LEVELS
 from qgraph.graph.trace import trace
@@ -71,6 +72,11 @@ def dual(scale: Tensor, axis: int | None = None) -> LevelEncoding:
     return LevelEncoding.nearest("dual region", scale, levels, storage_bits=4, axis=axis)
 
 
+def signed_dual(scale: Tensor) -> LevelEncoding:
+    levels = torch.tensor([*range(-8, 8), *range(8, 128, 8)])
+    return LevelEncoding.nearest("dual region", scale, levels, storage_bits=5)
+
+
 def power_of_two(scale: Tensor) -> LevelEncoding:
     levels = torch.tensor([0, *sorted({round(2**15 * 2 ** (-c / 2)) for c in range(15)})])
     return LevelEncoding.nearest("power of two", scale, levels, storage_bits=4)
@@ -85,6 +91,7 @@ def by_channel() -> LevelEncoding:
 
 ENCODINGS: dict[str, Callable[[], Encoding]] = {
     "dual region": lambda: dual(torch.tensor(1 / 64)),
+    "signed dual region": lambda: signed_dual(torch.tensor(1 / 128)),
     "dual region per channel": lambda: dual(torch.rand(6) / 99 + 0.005, axis=2),
     "power of two": lambda: power_of_two(torch.tensor(2.0**-15)),
     "log affine per channel": by_channel,
@@ -130,6 +137,42 @@ def test_nibbles_unpack_to_the_codes(codes: list[int]) -> None:
     packed = pack_nibbles(torch.tensor([codes], dtype=torch.int8)).to(torch.int32)
     pairs = torch.stack([packed & 15, packed >> 4], -1).flatten(1) - 8
     assert pairs[0].tolist() == codes
+
+
+def counted(runs: Runs, units: Tensor) -> Tensor:
+    """What `rank_runs` computes, op by op in fp32."""
+    total = torch.zeros_like(units)
+    for end, step, count in zip(runs.ends, runs.steps, runs.counts, strict=True):
+        if end >= 0:
+            total += torch.ceil((units - end) * (1 / step)).clamp(0, count)
+        else:
+            total += count - (torch.floor((end - units) * (1 / step)) + 1).clamp(0, count)
+    return total.to(torch.int64)
+
+
+@given(st.integers(0, 6), st.integers(2, 60), st.integers(0, 60), st.integers(1, 40))
+@settings(max_examples=50, deadline=None)
+def test_counting_by_runs_takes_the_decisions_of_comparisons(
+    shift: int, fine: int, negative: int, coarse: int
+) -> None:
+    positive = sorted({*range(fine), *(c << shift for c in range(coarse))})
+    levels = torch.tensor([*range(-negative, 0), *positive])
+    thresholds = midpoints(levels)
+    runs = threshold_runs(thresholds)
+    if runs is None:
+        return
+    near = [torch.nextafter(thresholds, torch.tensor(s * float("inf"))) for s in (1.0, -1.0)]
+    tiny = torch.tensor([0.0, 1e-30, -1e-30, 2**-24, -(2**-24), 1e9, -1e9])
+    units = torch.cat([thresholds, *near, tiny, torch.randn(200) * 40])
+    assert torch.equal(counted(runs, units), torch.bucketize(units, thresholds))
+
+
+def test_dual_regions_are_two_runs_and_logarithms_are_none() -> None:
+    runs = threshold_runs(dual(torch.tensor(1.0)).thresholds)
+    assert runs is not None
+    assert runs.steps == (1.0, 8.0)
+    assert threshold_runs(power_of_two(torch.tensor(1.0)).thresholds) is None
+    assert level_runs(torch.tensor([-3, -2, -1, 0, 4, 8])) == Runs((-3.0,), (1.0, 4.0), (3, 2))
 
 
 class Table(nn.Module):
