@@ -55,8 +55,8 @@ class ChooseRanges(Pass):
     establishes: ClassVar[frozenset[str]] = frozenset({Fact.RANGES})
 
     method: str = "output"
-    rows: int = 256
-    add_sqnr: float = 30.0
+    rows: int = 128
+    add_sqnr: float = 35.0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -65,13 +65,14 @@ class ChooseRanges(Pass):
     def statistics(self, module: GraphModule, context: Context) -> Iterable[Request]:  # noqa: D102
         for (value, _), sites in context.plan.by_value(undecided_only=True).items():
             yield Request(value, "Range")
-            if self.method != "minmax":
+            by_output = self.method == "output" and output_weight(module, sites) is not None
+            added = any(site.kind is OpKind.ADD for site in sites)
+            if self.method != "minmax" and (not by_output or added):
                 yield Request(value, "Histogram")
-            if self.method == "output" and output_weight(module, sites) is not None:
+            if by_output:
                 axis = sites[0].axis if sites[0].axis is not None else -1
-                yield Request(
-                    value, "Reservoir", (("axis", axis), ("rows", self.rows), ("per_sample", 16))
-                )
+                options = (("axis", axis), ("rows", self.rows), ("per_sample", 16))
+                yield Request(value, "Reservoir", options)
 
     def run(self, module: GraphModule, context: Context) -> bool:  # noqa: D102
         self._spare_adds(context)

@@ -6,12 +6,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
 from torch.fx import GraphModule
 
-from qgraph.calibration import weight_parameters
+from qgraph.calibration import affine_parameters, weight_parameters
 from qgraph.context import Context
 from qgraph.formats import AffineEncoding, IntGrid
 from qgraph.graph.build import attribute
+from qgraph.graph.ops import OpKind
 from qgraph.graph.plan import Site
 from qgraph.pipeline import Fact, Pass, Promise
 
@@ -42,10 +44,21 @@ class ChooseWeightScales(Pass):
                 site.decide(found[key], self.name, "clip by MSE search")
         return False
 
+    @staticmethod
+    def _whole_range(weight: Tensor, grid: IntGrid, axis: int | None) -> AffineEncoding:
+        """No clip for tables of embeddings: they are large, and each row is read as it is."""
+        assert axis is not None
+        others = [d for d in range(weight.ndim) if d != axis]
+        reach = weight.detach().abs().amax(others)
+        scale, _ = affine_parameters(-reach, reach, grid.qmin, grid.qmax, symmetric=True)
+        return AffineEncoding.symmetric(scale, grid, axis)
+
     def _encoding(self, module: GraphModule, site: Site) -> AffineEncoding:
         weight = attribute(module, str(site.value.target))
         grid = IntGrid(site.bits, signed=True, narrow=site.bits >= 8)
         axis = None if site.axis is None else site.axis % weight.ndim
+        if site.kind is OpKind.EMBEDDING:
+            return self._whole_range(weight, grid, axis)
         shaped = weight if axis is not None else weight.reshape(1, -1)
         scale, zero_point = weight_parameters(
             shaped, axis=axis or 0, bits=site.bits, narrow=grid.narrow, norm=self.norm
