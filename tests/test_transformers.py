@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transformers' architectures, tiny and random, compiled at int8 and run on every backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves, tree_structure
+
+import qgraph
+from qgraph.graph.trace import trace_info
+from qgraph.report import sqnr
+from tests.graph.rewriting import at_batch
+from tests.graph.test_architectures import (
+    bert,
+    clipseg,
+    detr,
+    heavy,
+    resnet,
+    sam,
+    segformer,
+    swin,
+    vit,
+    yolos,
+)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: bert("sdpa"),
+        resnet,
+        heavy(vit),
+        heavy(yolos),
+        heavy(segformer),
+        heavy(swin),
+        heavy(detr),
+        heavy(sam),
+        heavy(clipseg),
+    ],
+    ids=["bert", "resnet", "vit", "yolos", "segformer", "swin", "detr", "sam", "clipseg"],
+)
+def test_every_backend_runs_the_architecture_and_they_agree(build):
+    torch.manual_seed(0)
+    model, inputs = build()
+    model.eval()
+    batches = [at_batch(inputs, 4), at_batch(inputs, 2)]
+    if model.__class__.__name__.startswith("CLIPSeg"):
+        batches = [inputs, inputs]
+    quantized = qgraph.compile(model, batches, pipeline="int8", example_inputs=inputs)
+    dynamic = trace_info(quantized.graph_module).dynamic_batch
+    held_out = at_batch(inputs, 3) if dynamic else inputs
+    with torch.no_grad():
+        wanted = model(**held_out)
+    for backend in ("reference", "integer", "onnx"):
+        got = quantized.lower(backend)(**held_out)
+        assert tree_structure(got) == tree_structure(wanted)
+        for ours, theirs in zip(tree_leaves(got), tree_leaves(wanted), strict=True):
+            assert ours.shape == theirs.shape
+            if ours.is_floating_point() and ours.numel():
+                assert sqnr(theirs, ours) > 10, (backend, ours.shape)
+    report = quantized.verify(held_out)
+    assert report.codes > 500
+    assert report.mismatches == 0, report.first_difference
