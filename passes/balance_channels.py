@@ -33,7 +33,8 @@ from qgraph.pipeline import Fact, Pass, Promise
 
 # Of the balancing, so much goes by the data; the rest goes by the weight.
 SHARES = (1.0, 0.85, 0.7, 0.5)
-SPREADS = (1, 2, 3, 4, 6)  # largest exponent
+SPREADS = (1, 2, 3, 4)  # largest exponent
+OUTPUTS = 96  # output channels of each consumer that the score looks at
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class _Trial:
     ) -> None:
         assert ranges.low is not None
         assert ranges.high is not None
+        weights = [(_some(weight), width) for weight, width in weights]
         self.rows, self.weights, self.bits = rows, weights, bits
         self.low, self.high = ranges.low, ranges.high
         self.outputs = [rows @ weight.T for weight, _ in weights]
@@ -165,6 +167,11 @@ def exponents(ranges: ChannelRange, weight: Tensor) -> Iterator[Tensor]:
         for spread in SPREADS:
             power = (wanted - wanted.max()).ceil().clamp(min=-spread)
             yield torch.exp2(power - power.min())
+
+
+def _some(weight: Tensor) -> Tensor:
+    """Evenly spread output channels, `OUTPUTS` at most."""
+    return weight[:: -(-weight.shape[0] // OUTPUTS)]
 
 
 def _rounded(weight: Tensor, bits: int) -> Tensor:

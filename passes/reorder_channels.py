@@ -31,6 +31,7 @@ from qgraph.graph.ops import OpKind
 from qgraph.graph.permute_channels import apply_fold, find_fold, insert_gather, permute_columns
 from qgraph.graph.plan import Site
 from qgraph.graph.requests import Request
+from qgraph.graph.value_heads import apply_value_heads, find_value_heads
 from qgraph.passes.choose_ranges import output_weight
 from qgraph.passes.use_dual_regions import Score, affine_encoding, linear_score
 from qgraph.pipeline import Fact, Pass, Promise
@@ -45,9 +46,10 @@ class ReorderChannels(Pass):
 
     PTQ4RIS retains outliers in groups of their own; here groups are channels, so that one group
     is one slice of a matrix product. Ranges come from the sweep, without padding tokens where
-    `row_masks` names them. Groups are made contiguous by a permutation, folded into the linear
-    layer before an elementwise function where nobody else reads the value, else gathered on the
-    quantized branch.
+    `row_masks` names them. Groups are made contiguous by a permutation. It costs nothing where it
+    can be folded into the linear layer before an elementwise function, or into the value
+    projection of an attention (then inside each head only: a group is one slice per head);
+    elsewhere, or where somebody else reads the value, a gather does it on the quantized branch.
 
     Attributes:
         groups: at most so many.
@@ -56,7 +58,8 @@ class ReorderChannels(Pass):
         tied: scales are power-of-two multiples of the smallest (one accumulator and shifts);
             else free (one partial product per group).
         zero_points: a zero point per channel; else signed codes around 0.
-        tile: group sizes are multiples of it.
+        tile: group sizes are multiples of it: 4 is what int8 dot-product instructions contract at
+            once; matrix units may want 16 or 32.
         reorder: make groups contiguous; without it only the scales are chosen.
         elements: the published variant instead: groups of elements by magnitude, whose group id
             costs extra bits that are counted.
@@ -74,7 +77,7 @@ class ReorderChannels(Pass):
     grouping: str = "best"
     tied: bool = True
     zero_points: bool = True
-    tile: int = 16
+    tile: int = 4
     reorder: bool = True
     elements: bool = False
     min_gain_db: float = 0.5
@@ -129,14 +132,13 @@ class ReorderChannels(Pass):
             why = f"{count} groups gain {gain:+.2f} dB, needed {self.min_gain_db:g}"
             context.record(self.name, value, "kept", why, **numbers)
             return False
-        order = group_order(group)
-        moved, how = self._move(module, context, value, sites, order)
-        chosen = permuted(encoding, order) if moved else encoding
+        order, how = self._move(module, context, value, sites, group)
+        chosen = encoding if order is None else permuted(encoding, order)
         reason = f"{count} channel groups, {gain:+.2f} dB; {how}"
         for site in sites:
             site.decide(chosen, self.name, reason)
         context.record(self.name, value, "applied", reason, **numbers)
-        return moved
+        return order is not None
 
     def _best(
         self, ranges: ChannelRange, bits: int, score: Score
@@ -165,26 +167,28 @@ class ReorderChannels(Pass):
                     yield group
 
     def _move(
-        self, module: GraphModule, context: Context, value: Node, sites: list[Site], order: Tensor
-    ) -> tuple[bool, str]:
-        """Reorder values and weight columns; returns (did it, how)."""
-        if not self.reorder:
-            return False, "order kept on request"
-        if torch.equal(order, torch.arange(len(order))):
-            return False, "already in order"
+        self, module: GraphModule, context: Context, value: Node, sites: list[Site], group: Tensor
+    ) -> tuple[Tensor | None, str]:
+        """Reorder values and weight columns; returns the order (None: unchanged) and how."""
         consumers = list(dict.fromkeys(site.edge.consumer for site in sites))
-        fold = find_fold(value, consumers)
+        heads = find_value_heads(value, consumers)
+        order = group_order(group) if isinstance(heads, str) else heads.order(group)
+        if not self.reorder or torch.equal(order, torch.arange(len(order))):
+            return None, "order kept"
         for consumer in consumers:
             permute_columns(module, consumer, order)
+        if not isinstance(heads, str):
+            apply_value_heads(module, heads, order)
+            _transport(context, [value], order)
+            return order, f"order inside each head folded into {heads.linear.name}"
+        fold = find_fold(value, consumers)
         if not isinstance(fold, str):
             apply_fold(module, fold, order)
-            for node in fold.between:
-                if node in context.statistics:
-                    context.statistics[node] = permuted_statistics(context.statistics[node], order)
-            return True, f"order folded into {fold.linear.name}"
+            _transport(context, fold.between, order)
+            return order, f"order folded into {fold.linear.name}"
         moved = insert_gather(module, value, [site.edge for site in sites], order)
         context.statistics[moved] = permuted_statistics(context.statistics[value], order)
-        return True, f"gathered ({fold})"
+        return order, f"gathered ({fold})"
 
     def _decide_elements(
         self, context: Context, value: Node, sites: list[Site], encoding: Encoding, gain: float
@@ -217,6 +221,12 @@ def matched(module: GraphModule, context: Context) -> dict[tuple[Node, int], lis
         if here:
             found[key] = here
     return found
+
+
+def _transport(context: Context, values: Iterable[Node], order: Tensor) -> None:
+    for node in values:
+        if node in context.statistics:
+            context.statistics[node] = permuted_statistics(context.statistics[node], order)
 
 
 def _affine(bounds: tuple[float, float], rows: Tensor, weight: Tensor, bits: int) -> AffineEncoding:

@@ -26,6 +26,7 @@ from qgraph.graph.permute_channels import (
 )
 from qgraph.graph.requests import Request
 from qgraph.graph.trace import trace
+from qgraph.graph.value_heads import find_value_heads
 from qgraph.passes import ReorderChannels, UseDualRegions
 from tests.passes.deciding import decided, seeded
 
@@ -296,3 +297,77 @@ def test_transported_statistics_equal_those_of_a_fresh_sweep():
 def test_an_unknown_grouping_is_refused():
     with pytest.raises(ConfigError, match="grouping"):
         ReorderChannels(grouping="octave")
+
+
+class Heads(nn.Module):
+    """Two heads whose values are a slice of one fused projection; some value rows are wide."""
+
+    def __init__(self, *, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        self.qkv, self.out = nn.Linear(16, 96), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(x)
+        if self.fused:
+            q, k, v = parts.unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            q, k, v = (p.unflatten(-1, (2, 16)).transpose(1, 2) for p in parts.chunk(3, -1))
+        mixed = ((q @ k.transpose(-2, -1)) * 0.02).softmax(-1) @ v
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+def heads_model(*, fused: bool) -> nn.Module:
+    model = seeded(Heads(fused=fused))
+    assert isinstance(model, Heads)
+    with torch.no_grad():
+        model.qkv.weight[64:] *= WIDE[:, None]
+    return model
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_behind_an_attention_the_order_inside_heads_is_folded_into_the_value_rows(fused):
+    found = decided(heads_model(fused=fused), ReorderChannels(tile=1), verify=True)
+    reasons = [r for o, r in found.lines("reorder-channels") if o == "applied"]
+    assert any("inside each head folded into linear" in reason for reason in reasons)
+    before, after = (outputs(m, found.batches) for m in (found.before, found.module))
+    assert not torch.equal(_fused_weight(found.before), _fused_weight(found.module))
+    assert torch.allclose(before, after, rtol=1e-4, atol=1e-3)
+    site = next(s for s in found.context.plan.activations() if s.edge.consumer.name == "linear_1")
+    fresh = build_statistics([Request(site.value, "ChannelRange", (("axis", -1),))])
+    collect(found.module, found.batches, fresh)
+    ours = found.context.statistics[site.value].get(ChannelRange).fields()["high"]
+    theirs = fresh[site.value].get(ChannelRange).fields()["high"]
+    assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def _fused_weight(module: torch.fx.GraphModule) -> Tensor:
+    linear = next(n for n in module.graph.nodes if n.name == "linear")
+    weight = getattr(module, str(linear.args[1].target))
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def test_values_that_several_heads_share_are_not_reordered_by_rows():
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.value, self.out = (
+                nn.Linear(16, 32),
+                nn.Linear(16, 16),
+                nn.Linear(32, 8),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.query(x).unflatten(-1, (2, 16)).transpose(1, 2)
+            v = self.value(x).unsqueeze(1).expand(-1, 2, -1, -1)
+            a = (q @ v.transpose(-2, -1)).softmax(-1)
+            out: Tensor = self.out((a @ v).transpose(1, 2).flatten(2))
+            return out
+
+    module = trace(Shared().eval(), torch.randn(2, 5, 16))
+    linear = [n for n in module.graph.nodes if n.name.startswith("linear")][-1]
+    reason = find_value_heads(linear.args[0], [linear])
+    assert isinstance(reason, str)
+    assert "other readers" in reason or "several heads" in reason
