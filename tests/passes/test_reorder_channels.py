@@ -25,6 +25,7 @@ from qgraph.graph.permute_channels import (
     permute_columns,
 )
 from qgraph.graph.requests import Request
+from qgraph.graph.tensors import get_attr_tensor
 from qgraph.graph.trace import trace
 from qgraph.graph.value_heads import find_value_heads
 from qgraph.passes import ReorderChannels, UseDualRegions
@@ -344,9 +345,7 @@ def test_behind_an_attention_the_order_inside_heads_is_folded_into_the_value_row
 
 def _fused_weight(module: torch.fx.GraphModule) -> Tensor:
     linear = next(n for n in module.graph.nodes if n.name == "linear")
-    weight = getattr(module, str(linear.args[1].target))
-    assert isinstance(weight, Tensor)
-    return weight
+    return get_attr_tensor(module, linear.args[1])
 
 
 def test_values_that_several_heads_share_are_not_reordered_by_rows():
