@@ -24,6 +24,9 @@ _INTEGERS = frozenset({
     onnx.TensorProto.INT8, onnx.TensorProto.UINT8, onnx.TensorProto.INT16, onnx.TensorProto.UINT16,
     onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.BOOL,
 })  # fmt: skip
+# Ops that give codes for codes; a QGemm with fewer inputs than this gives floats.
+_ON_CODES = frozenset({"Clip", "MaxPool", "Max", "Min"})
+_QGEMM_INPUTS = 9
 _TRAPS = {
     "MatMulNBits": "a weight-only product: without session.qdq_matmulnbits_accuracy_level=1 "
     "onnxruntime quantizes its activations to int8",
@@ -124,10 +127,10 @@ def kernels(
     inputs = list(feeds) if feeds is not None else [example_feed(declared)]
     times = _profile(path, inputs, runs, threads)
     total = sum(times.values()) or 1.0
-    rows = []
+    rows, integers = [], _integer_values(model)
     for node in model.graph.node:
         spent = times.get(node.name, 0.0)
-        kind = _kind(model, node)
+        kind = _kind(integers, node)
         cure = _cure(node) if kind == "float" else ""
         rows.append(Kernel(node.name, node.op_type, kind, spent / total, spent, cure, _trap(node)))
     return KernelTable(tuple(rows))
@@ -164,16 +167,31 @@ def _profile(
     return {name: float(np.median(durations[1:] or durations)) for name, durations in spent.items()}
 
 
-def _kind(model: onnx.ModelProto, node: onnx.NodeProto) -> str:
+def _integer_values(model: onnx.ModelProto) -> set[str]:
+    """Names of values that hold integers; fused kernels' outputs carry no declared type."""
+    graph = model.graph
+    found = {t.name for t in graph.initializer if t.data_type in _INTEGERS}
+    declared = (*graph.value_info, *graph.input)
+    found |= {v.name for v in declared if v.type.tensor_type.elem_type in _INTEGERS}
+    for node in graph.node:
+        is_open = node.op_type == "QGemm" and len(node.input) < _QGEMM_INPUTS
+        codes = node.op_type == "QuantizeLinear" or (
+            node.op_type in INTEGER_KERNELS and "ToFloat" not in node.op_type and not is_open
+        )
+        follows = node.op_type in MOVES | _ON_CODES and node.input[0] in found
+        if codes or (follows and node.op_type != "Cast"):
+            found.update(node.output)
+    return found
+
+
+def _kind(integers: set[str], node: onnx.NodeProto) -> str:
     if node.op_type in INTEGER_KERNELS:
         return "integer"
     if node.op_type in BORDERS:
         return "border"
     if node.op_type in MOVES:
         return "move"
-    types = {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
-    kinds = {types.get(name) for name in node.output}
-    return "integer" if kinds and kinds <= _INTEGERS else "float"
+    return "integer" if set(node.output) <= integers else "float"
 
 
 def _cure(node: onnx.NodeProto) -> str:

@@ -108,6 +108,13 @@ def test_the_table_names_kernels_shares_and_cures(tmp_path: Path) -> None:
     assert not found.warnings
 
 
+def test_a_clip_of_codes_counts_as_integer() -> None:
+    module = quantized(Mlp(), (torch.randn(8, 16),), "int4", ends_bits=4)
+    kinds = {row.op: row.kind for row in explain(module, threads=1).rows}
+    assert kinds["Clip"] == "integer"
+    assert "float" not in kinds.values()
+
+
 def test_weight_only_products_are_warned_about(tmp_path: Path) -> None:
     weight = np.ones((64, 32), np.int8)
     stored = {"w": weight, "s": np.full(32, 0.1, np.float32), "z": np.zeros(32, np.int8)}
