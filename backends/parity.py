@@ -15,10 +15,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from qgraph.backends import integer, reference
 from qgraph.errors import VerificationError
+from qgraph.formats import AffineEncoding, Encoding
 from qgraph.graph.dialect import is_quantize
 from qgraph.graph.provenance import module_path, source_line
 
@@ -172,6 +173,7 @@ def compare(
     sample_inputs: tuple[tuple[Any, ...], dict[str, Any]],
     *,
     session: CodeSource | None = None,
+    mode: integer.Mode = "onnxruntime",
 ) -> ParityReport:
     """Compare the codes of all backends, quantizer by quantizer.
 
@@ -179,12 +181,17 @@ def compare(
         module: a quantized graph.
         sample_inputs: (args, kwargs) of the model.
         session: a runtime that shows its codes; None leaves its column empty.
+        mode: of the integer backend; its reference follows.
     """
     args, kwargs = sample_inputs
     expected: dict[str, Tensor] = {}
-    model = reference.lower(module)
-    model.run(args, kwargs, lambda node, codes: expected.setdefault(node.name, codes))
-    lowered = integer.lower(module)
+    if mode == "onnxruntime":
+        model = reference.lower(module)
+        model.run(args, kwargs, lambda node, codes: expected.setdefault(node.name, codes))
+    else:
+        exact = integer.fixed_point_reference(module)
+        exact.run(args, kwargs, expected.setdefault)
+    lowered = integer.lower(module, mode=mode)
     forced: dict[str, Difference] = {}
     free: dict[str, Difference] = {}
 
@@ -199,11 +206,12 @@ def compare(
     lowered.run(args, kwargs, force)
     lowered.run(args, kwargs, watch)
     runtime = {} if session is None else _of_runtime(session, expected, args, kwargs)
-    limits = {n: levels_range(model, n) for n in model.semantics.encodings}
+    limits = {n.name: code_range(e) for n, e in lowered.semantics.encodings.items()}
     rows = [
         ParityRow(
             node=node.name, module_path=module_path(node), source=source_line(node),
-            codes=expected[node.name].numel(), saturated=_ends(expected[node.name], limits[node]),
+            codes=expected[node.name].numel(),
+            saturated=_ends(expected[node.name], limits[node.name]),
             forced=forced[node.name], free=free[node.name], runtime=runtime.get(node.name),
         )
         for node in module.graph.nodes
@@ -212,11 +220,11 @@ def compare(
     return ParityReport(tuple(rows))
 
 
-def levels_range(model: reference.ReferenceModel, node: Node) -> tuple[int, int]:
-    """Smallest and largest code of a quantize node."""
-    encoding = model.semantics.encodings[node]
-    low, high = getattr(encoding, "qmin", 0), getattr(encoding, "qmax", None)
-    return low, encoding.table().shape[-1] - 1 if high is None else high
+def code_range(encoding: Encoding) -> tuple[int, int]:
+    """Smallest and largest code of an encoding."""
+    if isinstance(encoding, AffineEncoding):
+        return encoding.qmin, encoding.qmax
+    return 0, encoding.table().shape[-1] - 1
 
 
 def _ends(codes: Tensor, limits: tuple[int, int]) -> float:

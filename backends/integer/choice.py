@@ -9,7 +9,6 @@ everything else                float32 below 2^24, float64 below 2^53: both exac
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +25,7 @@ from qgraph.backends.integer.kernels import (
     pack_linear,
 )
 from qgraph.backends.integer.planes import wide_product
-from qgraph.backends.integer.values import Coded
+from qgraph.backends.integer.values import Coded, KernelChoice
 from qgraph.backends.levels import Levels
 from qgraph.backends.products import ProductForm, contraction_axis_of_weight, shifted_weight
 from qgraph.formats import AffineEncoding
@@ -37,21 +36,6 @@ if TYPE_CHECKING:
     from qgraph.backends.integer.emitter import Emitter
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class KernelChoice:
-    """An emitted product.
-
-    Attributes:
-        accumulator: float32 integers, bias codes included.
-        kernel: its name for reports.
-        reason: why this one.
-    """
-
-    accumulator: Node
-    kernel: str
-    reason: str
 
 
 def choose(emitter: Emitter, form: ProductForm) -> KernelChoice:

@@ -18,7 +18,7 @@ from qgraph.graph.ops import OpKind, kind
 from qgraph.graph.provenance import module_path, source_line
 
 if TYPE_CHECKING:
-    from qgraph.backends.integer.choice import KernelChoice
+    from qgraph.backends.integer.values import KernelChoice
     from qgraph.backends.products import ProductForm
 
 aten = torch.ops.aten
@@ -51,6 +51,7 @@ class ExplainRow:
         accumulator_bits: signed bits that every partial sum fits, proven; None without one.
         saturates_pairs: whether 16-bit pair sums (AVX2 without VNNI) could saturate; 7-bit
             weights cure it.
+        dtypes: what it computes in, recorded op by op (fixed-point mode only).
         island: whether it runs in float.
         reason: why this kernel, or why in float.
         cure: what would bring a float island into integers, '' if nothing is known.
@@ -65,6 +66,7 @@ class ExplainRow:
     kernel: str
     accumulator_bits: int | None
     saturates_pairs: bool
+    dtypes: str
     island: bool
     reason: str
     cure: str
@@ -97,15 +99,30 @@ class Explanation(list[ExplainRow]):
             yield f"float: {row.node}: {row.reason}{f'; {row.cure}' if row.cure else ''}"[:100]
 
 
-def explain(semantics: Semantics, choices: dict[Node, KernelChoice]) -> Explanation:
-    """Rows of all ops that compute something."""
+def explain(
+    semantics: Semantics,
+    choices: dict[Node, KernelChoice],
+    *,
+    islands: dict[Node, str] | None = None,
+    dtypes: dict[str, str] | None = None,
+) -> Explanation:
+    """Rows of all ops that compute something.
+
+    Args:
+        semantics: the decisions for the graph.
+        choices: kernels of its products.
+        islands: fixed-point mode: what stayed in float, and why; None in onnxruntime mode.
+        dtypes: of each source node, where they were recorded.
+    """
     rows = Explanation()
     for node in semantics.module.graph.nodes:
         if node.op != "call_function" or node in semantics.fixed:
             continue
         row = _row(semantics, choices, node)
+        if row is not None and islands is not None:
+            row = _fixed(row, islands.get(node))
         if row is not None:
-            rows.append(row)
+            rows.append(dataclasses.replace(row, dtypes=(dtypes or {}).get(node.name, "")))
     return rows
 
 
@@ -127,6 +144,14 @@ def _row(
             return _make(node, kernel="float32", island=True, reason=_why(semantics, node))
         case _:
             return None
+
+
+def _fixed(row: ExplainRow, reason: str | None) -> ExplainRow:
+    if reason is not None:
+        return dataclasses.replace(row, island=True, kernel="float32", reason=reason, cure="")
+    if not row.island:
+        return row
+    return dataclasses.replace(row, island=False, kernel="fixed point", reason="24 bits", cure="")
 
 
 def _computes(node: Node) -> bool:
@@ -162,7 +187,7 @@ def _make(
         data="" if form is None else form.data.encoding.describe(),
         weight="" if form is None else form.weight.encoding.describe(),
         kernel=kernel, accumulator_bits=None if form is None else form.bound.bit_length() + 1,
-        saturates_pairs=saturates, island=island, reason=reason, cure=cure,
+        dtypes="", saturates_pairs=saturates, island=island, reason=reason, cure=cure,
     )  # fmt: skip
 
 

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from qgraph.backends.calling import flat_inputs, structured_outputs
+from qgraph.backends.integer.dtypes import computed_dtypes, example_inputs
 from qgraph.backends.integer.emitter import Emitter
 from qgraph.backends.integer.explain import Explanation, explain
+from qgraph.backends.integer.fixed_emitter import FixedEmitter
 from qgraph.backends.integer.values import Coded
 from qgraph.backends.semantics import analyze
 from qgraph.errors import unknown_name
@@ -28,12 +30,21 @@ class IntegerModel:
     Attributes:
         source: the quantized graph it stems from.
         graph_module: the lowered graph, torch ops and registered integer kernels.
+        mode: ``"onnxruntime"`` or ``"fixed_point"``.
     """
 
-    def __init__(self, source: GraphModule, *, compile: bool = False) -> None:  # noqa: A002
+    def __init__(
+        self, source: GraphModule, *, mode: Mode = "onnxruntime", compile: bool = False,  # noqa: A002
+        exact_floats: bool = False,
+    ) -> None:  # fmt: skip
         self.source = source
+        self.mode = mode
         self.semantics = analyze(source)
-        self._emitter = Emitter(self.semantics, compiled=compile)
+        self._emitter = (
+            Emitter(self.semantics, compiled=compile)
+            if mode == "onnxruntime"
+            else FixedEmitter(self.semantics, exact_floats=exact_floats)
+        )
         self.graph_module = self._emitter.lower()
         self._run: Callable[..., Any] = self.graph_module
         if compile:
@@ -52,9 +63,26 @@ class IntegerModel:
             outputs = watched.run(*flat, enable_io_processing=False)
         return structured_outputs(self.source, outputs)
 
+    @property
+    def codes(self) -> frozenset[str]:
+        """Names of the quantize nodes whose codes `run` shows."""
+        return frozenset(self._emitter.codes)
+
     def explain(self) -> Explanation:
         """Kernel, accumulator width, or reason to stay in float, of every op."""
-        return explain(self.semantics, self._emitter.choices)
+        if not isinstance(self._emitter, FixedEmitter):
+            return explain(self.semantics, self._emitter.choices)
+        found: dict[str, set[str]] = {}
+        for node, dtypes in computed_dtypes(self.graph_module, example_inputs(self.source)).items():
+            found.setdefault(str(node.meta.get("qgraph_source")), set()).update(dtypes)
+        listed = {name: ", ".join(sorted(dtypes)) for name, dtypes in found.items()}
+        islands = self._emitter.islands
+        return explain(self.semantics, self._emitter.choices, islands=islands, dtypes=listed)
+
+
+def fixed_point_reference(module: GraphModule) -> IntegerModel:
+    """The fixed-point mode with exact float64 products: what its kernels are compared with."""
+    return IntegerModel(module, mode="fixed_point", exact_floats=True)
 
 
 class _Watched(Interpreter):
@@ -85,7 +113,8 @@ def lower(
     Args:
         module: canonical ATen graph with quantize and dequantize nodes.
         mode: ``"onnxruntime"``: int32 accumulators, one fp32 multiply, half to even; ops that
-            onnxruntime runs in float stay float.
+            onnxruntime runs in float stay float. ``"fixed_point"``: 31-bit multiplier and shift,
+            no float between the input's quantize and the output.
         compile: fuse requantization and tables with torch.compile; codes stay the same.
 
     Raises:
@@ -93,4 +122,4 @@ def lower(
     """
     if mode not in MODES:
         raise unknown_name("mode", mode, MODES)
-    return IntegerModel(module, compile=compile)
+    return IntegerModel(module, mode=mode, compile=compile)

@@ -35,3 +35,18 @@ class Pending:
     product: Product
     moves: tuple[Node, ...] = field(default=())
     clamp: Clamp = OPEN
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KernelChoice:
+    """An emitted product.
+
+    Attributes:
+        accumulator: float32 integers, bias codes included.
+        kernel: its name for reports.
+        reason: why this one.
+    """
+
+    accumulator: Node
+    kernel: str
+    reason: str
