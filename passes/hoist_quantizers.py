@@ -44,6 +44,8 @@ class HoistQuantizers(Pass):
         pending = [n for n in module.graph.nodes if n.target is QUANTIZE]
         while pending:
             node = pending.pop()
+            if node._erased:  # a twin took its place meanwhile
+                continue
             encoding = encoding_of(module, node)
             if not isinstance(encoding, AffineEncoding) or encoding.axis is not None:
                 continue

@@ -99,7 +99,10 @@ class PlanSites(Pass):
         if node.args[what.weight] not in fixed:
             sites.append(_activation(node, what.weight, item, activation_bits, -2))
         elif _stored(node, what.weight):
-            sites.append(_weight(node, what.weight, item, weight_bits, what.weight_axis))
+            axis: int | None = what.weight_axis
+            if item is OpKind.MATMUL and node.args[what.weight].meta["val"].ndim > 2:
+                axis = None  # runtimes take one scale for a stack of matrices
+            sites.append(_weight(node, what.weight, item, weight_bits, axis))
         if node.args[what.data] in fixed:  # constant times value: the constant is the weight
             sites[0] = _weight(node, what.data, item, weight_bits, axis=None)
         return [s for s in sites if is_float(s.value)]

@@ -52,6 +52,8 @@ def place(module: GraphModule) -> None:
 
 def _raise(module: GraphModule, node: Node) -> list[Node]:
     """Move one quantizer up one step; returns the quantizers that may move further."""
+    if node._erased:  # a twin took its place meanwhile
+        return []
     source = node.args[0]
     encoding = dialect.encoding_of(module, node)
     if not isinstance(source, Node) or not isinstance(encoding, AffineEncoding):
