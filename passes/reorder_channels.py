@@ -37,7 +37,9 @@ from qgraph.passes.use_dual_regions import Score, affine_encoding, linear_score
 from qgraph.pipeline import Fact, Pass, Promise
 
 GROUPINGS = {"outliers": outlier_thresholds, "octaves": octave_thresholds}
-CLIPS = (1.15, 1.0, 0.9, 0.8, 0.65, 0.5)  # factors on all ranges that are tried
+CLIPS = (1.3, 1.15, 1.0, 0.9, 0.8, 0.65, 0.5)  # factors on all ranges that are tried
+# A tighter clip must lower the error on sampled rows by so much: larger values than theirs come.
+TIGHTER = 0.93
 
 
 @dataclass(frozen=True)
@@ -150,13 +152,16 @@ class ReorderChannels(Pass):
         size = high - low if self.zero_points else torch.maximum(high, -low)
         best: tuple[Tensor, AffineEncoding, float] | None = None
         for group in self._groupings(size):
+            here: tuple[Tensor, AffineEncoding, float] | None = None
             for clip in CLIPS:
                 encoding = grouped_encoding(
                     low, high, group, bits, tied=self.tied, zero_points=self.zero_points, clip=clip
                 )
                 error = score(encoding)
-                if best is None or error < best[2]:
-                    best = group, encoding, error
+                if here is None or error < here[2] * TIGHTER:
+                    here = group, encoding, error
+            if here is not None and (best is None or here[2] < best[2]):
+                best = here
         return best
 
     def _groupings(self, size: Tensor) -> Iterator[Tensor]:
