@@ -23,21 +23,34 @@ from qgraph.model import QuantizedModel
 PASSES = ("center-keys", "fold-key-signs", "search-softmax-base")
 
 
-def load_model(weights: str | None, size: int) -> SamModel:
-    """The model in eval mode, at `size` pixels where its weights are random."""
-    if weights is not None:
-        return SamModel.from_pretrained(weights).eval()
-    torch.manual_seed(0)
+def full_size(size: int) -> SamConfig:
+    """SAM ViT-B's configuration for images of another size."""
     config = SamConfig()
     config.vision_config.image_size = config.prompt_encoder_config.image_size = size
     side = size // config.vision_config.patch_size
     config.prompt_encoder_config.image_embedding_size = side
+    return config
+
+
+@torch.no_grad()
+def random_model(config: SamConfig) -> SamModel:
+    """SAM in eval mode with random weights at which signals survive.
+
+    The library's own start is 1e-10 for the image encoder, and zero for its position tables.
+    """
+    torch.manual_seed(0)
     model = SamModel(config).eval()
-    with torch.no_grad():  # a table of zeros would make every position bias trivial
-        for name, parameter in model.named_parameters():
-            if "rel_pos" in name:
-                parameter.normal_(std=0.02)
+    for name, parameter in model.vision_encoder.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=0.02 if "rel_pos" in name else parameter[0].numel() ** -0.5)
     return model
+
+
+def load_model(weights: str | None, size: int) -> SamModel:
+    """Real weights where a folder or hub id is given, else random ones at `size` pixels."""
+    if weights is not None:
+        return SamModel.from_pretrained(weights).eval()
+    return random_model(full_size(size))
 
 
 def inputs(count: int, size: int, *, seed: int = 0) -> list[dict[str, Tensor]]:
