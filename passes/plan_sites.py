@@ -100,7 +100,7 @@ class PlanSites(Pass):
             sites.append(_activation(node, what.weight, item, activation_bits, -2))
         elif _stored(node, what.weight):
             axis: int | None = what.weight_axis
-            if item is OpKind.MATMUL and node.args[what.weight].meta["val"].ndim > 2:
+            if item is OpKind.MATMUL and _rank(node, what.weight) > 2:
                 axis = None  # runtimes take one scale for a stack of matrices
             sites.append(_weight(node, what.weight, item, weight_bits, axis))
         if node.args[what.data] in fixed:  # constant times value: the constant is the weight
@@ -137,6 +137,12 @@ def _weight(node: Node, position: int, item: OpKind, bits: int, axis: int | None
 def _stored(node: Node, position: int) -> bool:
     source = node.args[position]
     return isinstance(source, Node) and source.op == "get_attr"
+
+
+def _rank(node: Node, position: int) -> int:
+    source = node.args[position]
+    assert isinstance(source, Node)
+    return int(source.meta["val"].ndim)
 
 
 def end_products(nodes: list[Node]) -> set[Node]:

@@ -70,11 +70,13 @@ class Session:
     def codes(self, *args: Any, **kwargs: Any) -> dict[str, np.ndarray]:
         """Codes of every activation quantizer: quantize node -> array, as the simulator has them.
 
-        Runs a copy of the file whose intermediate codes are extra outputs.
+        Runs a copy of the file whose intermediate codes are extra outputs. A quantizer that the
+        exporter merged with an equal one has no codes of its own and is left out.
         """
-        names = list(self._codes)
         if self._probe is None:
             self._probe = self._start(self._with_codes())
+        shown = {output.name for output in self._probe.get_outputs()}
+        names = [name for name, entry in self._codes.items() if entry["value"] in shown]
         values = [str(self._codes[name]["value"]) for name in names]
         found = self._run(self._probe, values, args, kwargs)
         return {
@@ -97,8 +99,9 @@ class Session:
         else:
             model = onnx.load(self._source)
         present = {o.name for o in model.graph.output}
+        computed = {name for node in model.graph.node for name in node.output}
         for entry in self._codes.values():
-            if entry["value"] not in present:
+            if entry["value"] not in present and entry["value"] in computed:
                 present.add(entry["value"])
                 model.graph.output.append(
                     onnx.helper.make_tensor_value_info(
