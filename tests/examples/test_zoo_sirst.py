@@ -147,7 +147,7 @@ def test_a_network_exports_with_a_dynamic_batch(name):
     assert exported(more).shape == (3, 1, 32, 32)
 
 
-@pytest.mark.parametrize(("name", "floor"), [("resunet", 0.68)])
+@pytest.mark.parametrize(("name", "floor"), [("resunet", 0.68), ("nested", 0.65)])
 def test_trained_weights_are_small_and_segment_development_scenes(name, floor):
     model = sirst.load_model(name)
     assert not model.training
