@@ -16,7 +16,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ class Settings:
         text_samples: evaluation batches of MiniLM.
         images: calibration images of the zoo model; samples: evaluation images.
         batch: images per forward.
+        widths: which of WIDTHS.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -81,6 +82,7 @@ class Settings:
     images: int = 64
     samples: int = 1000
     batch: int = 32
+    widths: tuple[str, ...] = WIDTHS
 
 
 QUICK = Settings(seeds=(0,), text_batches=4, text_samples=2, images=16, samples=64)
@@ -134,7 +136,7 @@ class Text:
     def cells(self) -> Iterator[tuple[str, Callable[[], Cell]]]:
         """(key, work) of every cell."""
         for seed in self.settings.seeds:
-            for width in WIDTHS:
+            for width in self.settings.widths:
                 for scope in SCOPES:
                     for variant in VARIANTS if scope == "linear" else MAIN:
                         key = f"minilm {scope} | {width} | {variant} | seed {seed}"
@@ -169,7 +171,7 @@ class Images:
         """(key, work) of every cell."""
         yield "ris | float", lambda: self.score(self.traced)
         for seed in self.settings.seeds:
-            for width in WIDTHS:
+            for width in self.settings.widths:
                 for variant in VARIANTS:
                     key = f"ris | {width} | {variant} | seed {seed}"
                     yield key, lambda a=(width, variant, seed): self.measure(*a)  # type: ignore[misc]
@@ -251,6 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one seed, little data")
     parser.add_argument("--only", choices=("minilm", "ris"), help="one of the two models")
+    parser.add_argument("--widths", nargs="+", choices=WIDTHS, default=WIDTHS)
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
     args = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)  # torch's own, from copying pytree specs
@@ -258,7 +261,8 @@ def main() -> None:
     if args.fresh:
         path.unlink(missing_ok=True)
     parts = (args.only,) if args.only else ("minilm", "ris")
-    results = run(QUICK if args.quick else Settings(), path, parts)
+    settings = replace(QUICK if args.quick else Settings(), widths=tuple(args.widths))
+    results = run(settings, path, parts)
     for start in (f"minilm {scope}" for scope in SCOPES):
         print(table(results, start, "sqnr"), end="\n\n")
     for value in ("drop", "oiou_drop", "miou"):
