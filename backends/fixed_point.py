@@ -210,6 +210,21 @@ def interpolate(x: Tensor, table: Tensor, steps: int, *, grows: bool) -> Tensor:
     return torch.where(x >= -low, beyond, values)
 
 
+def periodic(x: Tensor, table: Tensor, multiplier: Tensor, shift: Tensor) -> Tensor:
+    """A function of period 2 pi from 2^16 segments of one turn.
+
+    Args:
+        x: fixed-point argument in radians.
+        table: fixed-point values at the 2^16 + 1 segment ends.
+        multiplier, shift: of ``1 / (2 pi)``.
+    """
+    turn = rescale_wide(x, multiplier, shift) & (ONE - 1)
+    index, rest = (turn >> 8).reshape(-1), turn & 0xFF
+    left = torch.index_select(table, 0, index).view(x.shape)
+    right = torch.index_select(table, 0, index + 1).view(x.shape)
+    return left + rounding_shift((right - left) * rest, 8)
+
+
 def mean(x: Tensor, dims: Sequence[int], *, keepdim: bool) -> Tensor:
     """Mean over `dims`, rounded half up."""
     count = 1

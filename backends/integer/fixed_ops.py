@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,14 @@ def _table(emitter: FixedEmitter, node: Node) -> Node:
     return emitter.call(
         fixed.interpolate, x, table, TABLE_STEPS, grows=TABLES[node.target]
     )  # fmt: skip
+
+
+def _periodic(emitter: FixedEmitter, node: Node) -> Node:
+    turns = torch.arange(2**16 + 1, dtype=torch.float64) / 2**16
+    table = fixed.to_fixed(node.target(turns * (2 * math.pi)))  # type: ignore[operator]
+    tensors = (table, *fixed.factor(torch.tensor(1 / (2 * math.pi), dtype=torch.float64)))
+    buffers = [emitter.buffer(f"{node.name}_table", tensor) for tensor in tensors]
+    return emitter.call(fixed.periodic, emitter.plain(node.args[0]), *buffers)  # type: ignore[arg-type]
 
 
 def _operands(emitter: FixedEmitter, node: Node) -> list[Any]:
@@ -264,4 +273,6 @@ LOWERINGS: dict[Any, Lowering] = {
     aten.avg_pool2d.default: _avg_pool,
     aten.full_like.default: _full_like,
     aten.sqrt.default: _sqrt,
+    aten.sin.default: _periodic,
+    aten.cos.default: _periodic,
 }  # fmt: skip

@@ -82,6 +82,15 @@ def test_a_constant_row_normalises_to_zero_and_a_masked_row_to_a_uniform_softmax
     assert fixed.softmax(masked, -1, table.coarse, table.fine).tolist() == [[fixed.ONE // 4] * 4]
 
 
+@pytest.mark.parametrize("function", [torch.sin, torch.cos])
+def test_periodic_functions_come_from_one_turn(function):
+    x = torch.linspace(-30, 30, 4001, dtype=torch.float64)
+    turns = torch.arange(2**16 + 1, dtype=torch.float64) / 2**16 * (2 * math.pi)
+    factor = fixed.factor(torch.tensor(1 / (2 * math.pi), dtype=torch.float64))
+    got = fixed.periodic(fixed.to_fixed(x), fixed.to_fixed(function(turns)), *factor)
+    assert float((got.double() * UNIT - function(x)).abs().max()) < 8 * UNIT
+
+
 @pytest.mark.parametrize("corners", [True, False])
 def test_interpolation_uses_integer_weights(corners):
     torch.manual_seed(0)
