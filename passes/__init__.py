@@ -17,6 +17,7 @@ from qgraph.passes.pack_weights import PackWeights
 from qgraph.passes.plan_sites import PlanSites
 from qgraph.passes.quantize_biases import QuantizeBiases
 from qgraph.passes.raise_precision import RaisePrecision
+from qgraph.passes.reconstruct_blocks import ReconstructBlocks
 from qgraph.passes.reorder_channels import ReorderChannels
 from qgraph.passes.search_softmax_base import SearchSoftmaxBase
 from qgraph.passes.use_dual_regions import UseDualRegions
@@ -39,6 +40,7 @@ ALL: tuple[type[Pass], ...] = (
     ChooseRanges,
     ChooseWeightScales,
     InsertQuantizers,
+    ReconstructBlocks,
     HoistQuantizers,
     QuantizeBiases,
     PackWeights,
@@ -62,6 +64,7 @@ __all__ = [
     "PlanSites",
     "QuantizeBiases",
     "RaisePrecision",
+    "ReconstructBlocks",
     "ReorderChannels",
     "SearchSoftmaxBase",
     "UseDualRegions",

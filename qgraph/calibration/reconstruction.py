@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tune one region: learned rounding and activation steps against the float outputs.
+
+The loss has up to three terms, each divided by its value at round-to-nearest: the region's
+outputs (block), what the float rest of the network makes of them (global), and values inside the
+region (local). What counts in the end is the loss after hardening on held-out samples: unless it
+fell, nothing changes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qgraph.calibration.region_losses import (
+    FLOOR,
+    Ports,
+    final_loss,
+    inside_loss,
+    output_loss,
+)
+from qgraph.calibration.rounding import Method, coins, penalty
+from qgraph.calibration.streams import Stream, read
+from qgraph.calibration.student import Student
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How a region is tuned.
+
+    Attributes:
+        steps, batch: optimiser steps and samples per step.
+        lr: Adam's, of the rounding variables; step_lr: of the logarithm of activation steps.
+        drop: share of elements that stay float, in inputs and in quantizers (QDrop).
+        regularizer: weight of the pull to 0 and 1, off for the first `warmup` of the steps, its
+            exponent falling from `beta_start` to `beta_end`.
+        harden: share of steps at the end during which choices become final one after the other.
+        global_weight, global_every: weight of the term behind the float suffix, and every how
+            many steps it counts.
+        local_weight: weight of the term inside the region.
+        temperature: of the KL divergence between logits.
+        tolerance: relative rise of the held-out loss that is still accepted.
+    """
+
+    steps: int = 400
+    batch: int = 16
+    lr: float = 1e-2
+    step_lr: float = 2e-3
+    drop: float = 0.5
+    regularizer: float = 0.01
+    warmup: float = 0.2
+    beta_start: float = 20.0
+    beta_end: float = 2.0
+    harden: float = 0.2
+    method: Method = "adaround"
+    global_weight: float = 0.0
+    global_every: int = 4
+    local_weight: float = 0.0
+    temperature: float = 4.0
+    tolerance: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Suffix:
+    """The frozen float rest of the network.
+
+    Attributes:
+        run: (region outputs, passing values) -> the final value.
+        made: ports taken from the region; passing: ports taken from the float stream.
+        target: port of the float network's final value.
+        logits: whether that is class logits (else features).
+    """
+
+    run: Callable[..., tuple[Tensor, ...]]
+    made: tuple[str, ...]
+    passing: tuple[str, ...]
+    target: str
+    logits: bool
+
+
+@dataclass
+class Streams:
+    """Float and quantized inputs, float targets, and who is held out.
+
+    Attributes:
+        exact: the float stream; it holds side inputs too, and the targets.
+        quantized: the quantized network's stream.
+        train, guard: positions of samples, by bucket.
+    """
+
+    exact: Stream
+    quantized: Stream
+    train: list[list[int]]
+    guard: list[list[int]]
+
+    def inputs(
+        self, bucket: int, ports: tuple[str, ...], picks: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Quantized and float rows of ports."""
+        flt, qnt = self.exact.buckets[bucket], self.quantized.buckets[bucket]
+        return (
+            [read(qnt, flt, name, picks) for name in ports],
+            [flt.rows(name, picks) for name in ports],
+        )  # fmt: skip
+
+    def exact_rows(self, bucket: int, ports: tuple[str, ...], picks: Tensor) -> list[Tensor]:
+        """Float rows of ports."""
+        return [self.exact.buckets[bucket].rows(name, picks) for name in ports]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came out of tuning a region.
+
+    Attributes:
+        accepted: whether the held-out hard loss fell.
+        before, after: that loss at round-to-nearest and after hardening.
+        flips: weights whose code changed; weights: of so many.
+        undecided: share of h that was neither 0 nor 1 shortly before the end forced it.
+        history: (step, block loss, undecided share) now and then.
+    """
+
+    accepted: bool
+    before: float
+    after: float
+    flips: int
+    weights: int
+    undecided: float
+    history: list[tuple[int, float, float]] = field(default_factory=list)
+
+
+@dataclass
+class Problem:
+    """A region together with all that tuning it needs."""
+
+    student: Student
+    teacher: Callable[..., tuple[Tensor, ...]]
+    ports: Ports
+    streams: Streams
+    suffix: Suffix | None = None
+
+
+class _Terms:
+    """Evaluates the loss of a mini-batch, term by term."""
+
+    def __init__(self, problem: Problem, tuning: Tuning) -> None:
+        self.problem, self.tuning = problem, tuning
+        self.norms: dict[str, float] = {}
+
+    def measure(
+        self, bucket: int, picks: Tensor, *, mixed: bool, far: bool, coin: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Terms of some samples; `mixed` inputs are partly float, `far` adds the suffix."""
+        problem, tuning = self.problem, self.tuning
+        ports, streams = problem.ports, problem.streams
+        rough, exact = streams.inputs(bucket, ports.inputs, picks)
+        inputs = (
+            [_mix(a, b, tuning.drop, coin) for a, b in zip(rough, exact, strict=True)]
+            if mixed
+            else rough
+        )
+        made = list(problem.student.graph(*inputs))
+        count = len(ports.outputs)
+        wanted = streams.exact_rows(bucket, ports.outputs, picks)
+        terms = {"block": output_loss(made[:count], wanted)}
+        if tuning.local_weight and len(made) > count:
+            with torch.no_grad():
+                inner = list(problem.teacher(*exact))[count:]
+            terms["local"] = inside_loss(ports, made[count:], inner)
+        if far and problem.suffix is not None:
+            suffix = problem.suffix
+            given = dict(zip(ports.outputs, made, strict=False))
+            passing = streams.exact_rows(bucket, suffix.passing, picks)
+            end = suffix.run(*(given[name] for name in suffix.made), *passing)[0]
+            target = streams.exact_rows(bucket, (suffix.target,), picks)[0]
+            softness = tuning.temperature if suffix.logits else None
+            terms["global"] = final_loss(end, target, softness)
+        return terms
+
+    def total(self, terms: dict[str, Tensor]) -> Tensor:
+        """The weighted sum, each term by its value at round-to-nearest."""
+        weights = {
+            "block": 1.0,
+            "local": self.tuning.local_weight,
+            "global": self.tuning.global_weight,
+        }
+        parts = [
+            weights[name] * term / max(self.norms.get(name, 1.0), FLOOR)
+            for name, term in terms.items()
+        ]
+        return torch.stack(parts).sum()
+
+
+def _mix(rough: Tensor, exact: Tensor, drop: float, coin: torch.Generator) -> Tensor:
+    """Elements of the quantized stream, a share of them replaced by float ones."""
+    if drop <= 0 or rough is exact or not rough.is_floating_point():
+        return rough
+    return torch.where(coins(rough.shape, coin, drop), exact, rough)
+
+
+@torch.no_grad()
+def hard_loss(problem: Problem, picks: list[list[int]], *, batch: int) -> float:
+    """Loss of the outputs with hard rounding on the quantized stream, over some samples."""
+    problem.student.eval()
+    problem.student.set_weights(hard=True)
+    error: dict[str, float] = {}
+    energy: dict[str, float] = {}
+    for bucket, members in enumerate(picks):
+        for start in range(0, len(members), batch):
+            part = torch.tensor(members[start : start + batch])
+            inputs, _ = problem.streams.inputs(bucket, problem.ports.inputs, part)
+            made = problem.student.graph(*inputs)
+            wanted = problem.streams.exact_rows(bucket, problem.ports.outputs, part)
+            for name, a, b in zip(problem.ports.outputs, made, wanted, strict=False):
+                error[name] = error.get(name, 0.0) + float((a - b).double().square().sum())
+                energy[name] = energy.get(name, 0.0) + float(b.double().square().sum())
+    shares = [error[name] / max(energy[name], FLOOR) for name in error]
+    return sum(shares) / len(shares) if shares else 0.0
+
+
+def tune(
+    problem: Problem, tuning: Tuning, *, seed: int,
+    tick: Callable[[int], None] | None = None,
+) -> Outcome:  # fmt: skip
+    """Optimise a region; on return the student is hard, accepted or not.
+
+    Args:
+        problem: the region; its student is changed.
+        tuning: see `Tuning`.
+        seed: of the mini-batches and masks of this region.
+        tick: called with the number of each finished step.
+    """
+    student, streams = problem.student, problem.streams
+    batch = tuning.batch if streams.exact.batching.dynamic else 1
+    guard = streams.guard if any(streams.guard) else streams.train
+    before = hard_loss(problem, guard, batch=4 * batch if batch > 1 else 1)
+    start = [r.codes() for r in student.unique()]
+    generator = torch.Generator().manual_seed(seed)
+    with torch.enable_grad():
+        history = _descend(problem, tuning, generator, batch, tick)
+    for rounding in student.unique():
+        rounding.freeze(1.0)
+    after = hard_loss(problem, guard, batch=4 * batch if batch > 1 else 1)
+    accepted = math.isfinite(after) and after <= before * (1 + tuning.tolerance)
+    ends = [r.codes() for r in student.unique()]
+    weights = sum(r.low.numel() for r in student.unique())
+    flips = sum(int((a != b).sum()) for a, b in zip(start, ends, strict=True))
+    undecided = history[-1][2] if history else 0.0
+    return Outcome(accepted, before, after, flips, weights, undecided, history)
+
+
+def _descend(
+    problem: Problem, tuning: Tuning, generator: torch.Generator, batch: int,
+    tick: Callable[[int], None] | None,
+) -> list[tuple[int, float, float]]:  # fmt: skip
+    student = problem.student
+    groups = [{"params": student.variables(), "lr": tuning.lr}]
+    if student.steps():
+        groups.append({"params": student.steps(), "lr": tuning.step_lr})
+    groups = [g for g in groups if g["params"]]
+    if not groups or tuning.steps == 0:
+        return []
+    optimizer = torch.optim.Adam(groups)
+    terms = _Terms(problem, tuning)
+    draw = _Drawer(problem.streams.train, batch, generator)
+    terms.norms = _norms(terms, student, *draw(), generator)
+    student.train(drop=tuning.drop, generator=generator)
+    history = []
+    for step in range(tuning.steps):
+        for group in optimizer.param_groups:
+            if group["params"] and group["params"][0].ndim == 0:
+                group["lr"] = tuning.step_lr * 0.5 * (1 + math.cos(math.pi * step / tuning.steps))
+        shares = student.set_weights(hard=False)
+        far = tuning.global_weight > 0 and step % tuning.global_every == 0
+        parts = terms.measure(*draw(), mixed=True, far=far, coin=generator)
+        loss = terms.total(parts)
+        loss = loss + _pull(shares, tuning, step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward(inputs=[p for g in groups for p in g["params"]])  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if tuning.method == "ste":
+            for rounding in student.unique():
+                rounding.variable.data.clamp_(-0.5, 1.5)
+        if step % max(1, tuning.steps // 10) == 0 and step <= _first_hard(tuning):
+            history.append((step, float(parts["block"].detach()), _open_share(student)))
+        _harden(student, tuning, step)
+        if tick is not None:
+            tick(step + 1)
+    return history
+
+
+def _open_share(student: Student) -> float:
+    """Share of weights whose choice is not made yet."""
+    count = sum(r.low.numel() for r in student.unique())
+    return sum(r.undecided() * r.low.numel() for r in student.unique()) / max(1, count)
+
+
+def _first_hard(tuning: Tuning) -> int:
+    """The step at which choices start to become final."""
+    return round(tuning.steps * (1 - tuning.harden))
+
+
+def _norms(
+    terms: _Terms, student: Student, bucket: int, picks: Tensor, coin: torch.Generator
+) -> dict[str, float]:
+    """Each term at round-to-nearest on the first mini-batch."""
+    student.eval()
+    student.set_weights(hard=True)
+    with torch.no_grad():
+        found = terms.measure(
+            bucket, picks, mixed=False, far=terms.tuning.global_weight > 0, coin=coin
+        )
+    return {name: float(value) for name, value in found.items()}
+
+
+def _pull(shares: list[Tensor], tuning: Tuning, step: int) -> Tensor:
+    """The regulariser at a step; zero during the warm-up and for the straight-through method."""
+    at = step / max(1, tuning.steps)
+    if tuning.method == "ste" or at < tuning.warmup or tuning.regularizer == 0:
+        return torch.zeros(())
+    progress = (at - tuning.warmup) / max(1e-9, 1 - tuning.warmup)
+    beta = tuning.beta_start + (tuning.beta_end - tuning.beta_start) * progress
+    parts = [penalty(share, beta) for share in shares]
+    return tuning.regularizer * torch.stack(parts).sum() if parts else torch.zeros(())
+
+
+def _harden(student: Student, tuning: Tuning, step: int) -> None:
+    """Towards the end make more and more choices final, the most decided first."""
+    first = _first_hard(tuning)
+    every = max(1, round(tuning.steps * tuning.harden / 8))
+    if tuning.harden > 0 and step >= first and (step - first) % every == 0:
+        fraction = min(1.0, (step - first + every) / max(1, tuning.steps - first))
+        for rounding in student.unique():
+            rounding.freeze(fraction)
+
+
+class _Drawer:
+    """Mini-batches: shuffled rows of one bucket at a time, every sample once per round."""
+
+    def __init__(self, train: list[list[int]], batch: int, generator: torch.Generator) -> None:
+        self.train, self.batch, self.generator = train, batch, generator
+        self.queue: list[tuple[int, list[int]]] = []
+
+    def __call__(self) -> tuple[int, Tensor]:
+        if not self.queue:
+            self._refill()
+        bucket, picks = self.queue.pop()
+        return bucket, torch.tensor(picks)
+
+    def _refill(self) -> None:
+        for bucket, members in enumerate(self.train):
+            order = torch.randperm(len(members), generator=self.generator).tolist()
+            picks = [members[i] for i in order]
+            self.queue += [
+                (bucket, picks[i : i + self.batch]) for i in range(0, len(picks), self.batch)
+            ]
+        mixed = torch.randperm(len(self.queue), generator=self.generator).tolist()
+        self.queue = [self.queue[i] for i in mixed]

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+import contextlib
+import dataclasses
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qgraph.calibration import reconstruction
+from qgraph.calibration.loader import adapter
+from qgraph.calibration.sample import small_sample
+from qgraph.context import Context
+from qgraph.errors import ConfigError, QGraphError
+from qgraph.graph.build import attribute, shallow_copy
+from qgraph.graph.dialect import encoding_of, is_quantize
+from qgraph.graph.trace import trace
+from qgraph.graph.verify import checksum, tensors
+from qgraph.passes import PackWeights, ReconstructBlocks
+from qgraph.pipeline import run_pipeline
+from qgraph.pipelines import pipeline
+
+FAST = {"steps": 30, "batch": 8, "lr": 5e-2}
+
+
+class Block(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.expand = nn.Linear(dim, 2 * dim)
+        self.contract = nn.Linear(2 * dim, dim)
+
+    def forward(self, x):
+        y = self.norm(x)
+        x = x + (y @ y.transpose(-2, -1)).softmax(-1) @ y
+        return x + self.contract(F.gelu(self.expand(x)))
+
+
+class Mixer(nn.Module):
+    """Two residual blocks over tokens, with a softmax inside, and a head."""
+
+    def __init__(self, dim=12):
+        super().__init__()
+        self.embed = nn.Linear(6, dim)
+        self.blocks = nn.ModuleList(Block(dim) for _ in range(2))
+        self.head = nn.Linear(dim, 4)
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+@cache
+def model():
+    torch.manual_seed(0)
+    built = Mixer().eval().requires_grad_(False)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.mul_(1.5)
+    return built
+
+
+@cache
+def traced():
+    return trace(model(), data()[0])
+
+
+def data(sizes=(16, 16, 16, 13), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return list(torch.randn(sum(sizes), 5, 6, generator=generator).split(sizes))
+
+
+def prefix():
+    built = pipeline("w3a4", ends_bits=4)
+    return dataclasses.replace(built, passes=built.passes[: built.index("insert-quantizers") + 1])
+
+
+@cache
+def inserted():
+    """The graph behind insert-quantizers."""
+    module = shallow_copy(traced())
+    context = context_of(module)
+    run_pipeline(prefix(), module, context)
+    return module, context.facts
+
+
+def context_of(module, **options):
+    return Context(
+        sample=small_sample(module, (data()[0],), {}, dynamic=True), batches=data(),
+        adapt=adapter(module), facts=frozenset({"traced"}), **options,
+    )  # fmt: skip
+
+
+def reconstructed(**options):
+    """Run only the pass, on a copy of the quantized graph."""
+    start, facts = inserted()
+    module = shallow_copy(start)
+    keys = ("cache_dir", "seed", "max_memory", "progress")
+    given = {k: options.pop(k) for k in keys if k in options}
+    context = context_of(module, **given)
+    context.facts = facts
+    item = ReconstructBlocks(**{**FAST, **options})
+    changed = item.run(module, context)
+    module.recompile()
+    return module, context, changed
+
+
+def outcomes(context):
+    return [d for d in context.decisions if d.by == "reconstruct-blocks" and d.numbers]
+
+
+def weight_codes(module):
+    """Codes of all weights, packed or still to be packed."""
+    packed = shallow_copy(module)
+    PackWeights().run(packed, context_of(packed))
+    return {
+        n.name.partition("_codes")[0]: attribute(packed, str(n.target))
+        for n in packed.graph.nodes
+        if n.op == "get_attr" and "_codes" in str(n.target)
+    }
+
+
+def same(left, right):
+    return all(torch.equal(left(b), right(b)) for b in data(seed=1))
+
+
+def test_no_steps_leave_the_network_as_rounding_to_nearest_does():
+    module, context, _ = reconstructed(steps=0)
+    assert same(module, inserted()[0])
+    assert all(d.numbers["before"] == d.numbers["after"] for d in outcomes(context))
+
+
+def test_held_out_hard_loss_falls_wherever_a_region_is_accepted():
+    module, context, changed = reconstructed()
+    assert changed
+    assert {d.outcome for d in outcomes(context)} <= {"applied", "refused"}
+    for decision in outcomes(context):
+        if decision.outcome == "applied":
+            assert decision.numbers["after"] <= decision.numbers["before"]
+    assert sum(d.numbers["flips"] for d in outcomes(context)) > 0
+    x = torch.cat(data(seed=1))
+    errors = [float((m(x) - model()(x)).square().mean()) for m in (module, inserted()[0])]
+    assert errors[0] < errors[1]
+
+
+def test_codes_stay_next_to_the_floor_and_pack_weights_finds_the_rest():
+    module, _, _ = reconstructed()
+    codes, nearest = weight_codes(module), weight_codes(inserted()[0])
+    assert codes.keys() == nearest.keys()
+    moved = [(codes[k].int() - nearest[k].int()).abs().max() for k in codes]
+    assert int(max(moved)) == 1
+    left = [n for n in module.graph.nodes if is_quantize(n) and n.args[0].op == "get_attr"]
+    assert len(left) < len(codes)
+
+
+def test_a_learning_rate_beyond_reason_is_refused_and_nothing_moves():
+    module, context, changed = reconstructed(lr=10.0, step_lr=10.0, steps=3)
+    refused = [d for d in outcomes(context) if d.outcome == "refused"]
+    assert refused
+    if len(refused) == len(outcomes(context)):
+        assert not changed
+        assert same(module, inserted()[0])
+
+
+def test_a_loss_that_is_not_finite_is_refused_bit_for_bit(monkeypatch):
+    def poison(problem, tuning, *args):
+        for rounding in problem.student.unique():
+            rounding.variable.data.fill_(float("nan"))
+        for step in problem.student.steps():
+            step.data.fill_(float("nan"))
+        return []
+
+    monkeypatch.setattr(reconstruction, "_descend", poison)
+    module, context, changed = reconstructed()
+    assert {d.outcome for d in outcomes(context)} == {"refused"}
+    assert not changed
+    assert same(module, inserted()[0])
+
+
+def test_a_worse_result_is_refused_bit_for_bit(monkeypatch):
+    def flip(problem, tuning, *args):
+        for rounding in problem.student.unique():
+            rounding.variable.data.neg_()
+        return []
+
+    monkeypatch.setattr(reconstruction, "_descend", flip)
+    module, context, changed = reconstructed()
+    assert {d.outcome for d in outcomes(context)} == {"refused"}
+    assert not changed
+    assert same(module, inserted()[0])
+
+
+def test_the_same_seed_gives_the_same_codes_and_another_gives_others():
+    first, again = (weight_codes(reconstructed()[0]) for _ in range(2))
+    other = weight_codes(reconstructed(seed=1)[0])
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert any(not torch.equal(first[k], other[k]) for k in first)
+
+
+def test_terms_of_weight_zero_change_nothing():
+    plain = weight_codes(reconstructed()[0])
+    zero = weight_codes(reconstructed(global_weight=0.0, local_weight=0.0, global_every=1)[0])
+    assert all(torch.equal(plain[k], zero[k]) for k in plain)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"global_weight": 1.0, "global_every": 2},
+        {"global_weight": 1.0, "global_target": "logits"},
+        {"local_weight": 0.25},
+        {"method": "ste"},
+        {"granularity": "layer"},
+        {"granularity": "subblock", "drop": 0.0},
+        {"learn_steps": False},
+    ],
+    ids=str,
+)
+def test_every_variant_lowers_the_held_out_loss_somewhere(options):
+    module, context, changed = reconstructed(**options)
+    assert changed
+    assert any(d.outcome == "applied" for d in outcomes(context))
+    if options.get("learn_steps") is False:
+        assert steps_of(module) == steps_of(inserted()[0])
+
+
+def steps_of(module):
+    return [
+        float(encoding_of(module, n).scale)
+        for n in module.graph.nodes
+        if is_quantize(n) and n.args[0].op != "get_attr"
+    ]
+
+
+def fingerprint(module):
+    held = {n: (checksum(t), t.requires_grad) for n, t in tensors(module).items()}
+    return held, module.training, torch.random.get_rng_state().tolist()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_float_network_and_the_random_state_are_left_alone(fails, monkeypatch):
+    start, _ = inserted()
+    before = fingerprint(model()), fingerprint(traced()), fingerprint(start)
+    if fails:
+        monkeypatch.setattr(reconstruction, "output_loss", lambda *_: 1 / 0)
+    with contextlib.suppress(ZeroDivisionError):
+        reconstructed(global_weight=1.0, local_weight=1.0, steps=4)
+    assert (fingerprint(model()), fingerprint(traced()), fingerprint(start)) == before
+
+
+@pytest.mark.parametrize("killed_at", [1, 3])
+def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(tmp_path, killed_at):
+    whole = weight_codes(reconstructed(cache_dir=tmp_path / "whole")[0])
+
+    class KilledError(Exception):
+        pass
+
+    def kill(what, done, total):
+        if f" {killed_at + 1}/" in what:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        reconstructed(cache_dir=tmp_path / "cut", progress=kill)
+    finished = sorted((tmp_path / "cut").rglob("region_*.pt"))
+    assert len(finished) == killed_at + 1
+    stamps = [path.stat().st_mtime_ns for path in finished]
+    module, context, _ = reconstructed(cache_dir=tmp_path / "cut")
+    assert [path.stat().st_mtime_ns for path in finished] == stamps
+    resumed = weight_codes(module)
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    again, _, _ = reconstructed(cache_dir=tmp_path / "cut")
+    assert same(again, module)
+    assert len(outcomes(context)) == 4
+
+
+def test_a_state_of_other_options_is_not_taken_over(tmp_path):
+    reconstructed(cache_dir=tmp_path, steps=2)
+    reconstructed(cache_dir=tmp_path, steps=3)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_values_on_disk_give_the_same_codes():
+    memory = weight_codes(reconstructed()[0])
+    disk = weight_codes(reconstructed(max_memory=0)[0])
+    assert all(torch.equal(memory[k], disk[k]) for k in memory)
+
+
+def test_an_interrupt_keeps_the_regions_that_are_finished():
+    def interrupt(what, done, total):
+        if " 3/" in what:
+            raise KeyboardInterrupt
+
+    module, context, changed = reconstructed(progress=interrupt)
+    assert changed
+    assert len(outcomes(context)) == 2
+    assert not same(module, inserted()[0])
+
+
+def test_global_supervision_lowers_the_held_out_divergence_of_logits():
+    x = torch.cat(data(seed=1))
+    want = F.log_softmax(model()(x), -1)
+
+    def divergence(module):
+        return float(
+            F.kl_div(F.log_softmax(module(x), -1), want, log_target=True, reduction="batchmean")
+        )
+
+    tuned, _, _ = reconstructed(global_weight=1.0, global_every=1, global_target="logits")
+    assert divergence(tuned) < divergence(inserted()[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"granularity": "blocks"}, {"method": "stee"}, {"global_target": "logit"}, {"steps": -1}],
+    ids=str,
+)
+def test_wrong_options_are_refused(options):
+    with pytest.raises(ConfigError) as caught:
+        ReconstructBlocks(**options)
+    assert isinstance(caught.value, QGraphError)
