@@ -9,18 +9,11 @@ import warnings
 from pathlib import Path
 
 from examples.demo_minilm import minilm_rows
+from examples.demo_ris import ris_rows
 from qgraph.report.text import table
 
-HEAD = (
-    "model",
-    "backend",
-    "SQNR dB",
-    "cosine",
-    "rank corr",
-    "size MiB",
-    "latency / float",
-    "codes off",
-)
+TEXT = ("model", "backend", "SQNR dB", "cosine", "rank corr", "MiB", "time/float", "codes off")
+RIS = ("model", "backend", "mIoU", "oIoU", "MiB", "time/float", "codes off")
 
 
 def main() -> None:
@@ -30,8 +23,8 @@ def main() -> None:
     out = Path("out")
     out.mkdir(exist_ok=True)
     start = time.perf_counter()
-    rows = minilm_rows(out)
-    print(table(HEAD, rows))
+    print(table(TEXT, minilm_rows(out)), flush=True)
+    print(f"\n{table(RIS, ris_rows(out))}")
     print(f"\nfiles are in {out}/; {time.perf_counter() - start:.0f} s")
 
 
