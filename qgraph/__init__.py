@@ -21,7 +21,7 @@ from qgraph.errors import (
     VerificationError,
 )
 from qgraph.graph.trace import trace
-from qgraph.model import QuantizedModel
+from qgraph.model import QuantizedModel, load
 from qgraph.pipeline import Fact, Pass, Pipeline, Promise
 from qgraph.pipelines import pipeline, pipelines
 
@@ -47,6 +47,7 @@ __all__ = [
     "UnsupportedOpError",
     "VerificationError",
     "compile",
+    "load",
     "pipeline",
     "pipelines",
     "trace",

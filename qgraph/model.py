@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from qgraph import artifact
 from qgraph.backends import integer, onnx, parity, reference
 from qgraph.calibration.loader import Signature, bind
 from qgraph.errors import CalibrationError, InputError, unknown_name
@@ -149,6 +151,37 @@ class QuantizedModel:
         sample = (self.sample.args, self.sample.kwargs)
         return onnx.export(self.graph_module, path, container=container, sample=sample)
 
+    def save(self, path: str | Path) -> int:
+        """Write one safe file: tensors, graph, report and the sample inputs; return its size.
+
+        `qgraph.load` reads it, without the model's source and without running any code of the
+        file's. The same model gives the same bytes; an older file is only replaced by a whole one.
+
+        Raises:
+            ExportError: something cannot be saved, or the path not be written to.
+        """
+        return artifact.write(path, self.graph_module, self.report, self.sample)
+
     def inputs(self) -> list[Any]:
         """The sample's leaves in the order of the graph's placeholders."""
         return pytree.tree_leaves((self.sample.args, self.sample.kwargs))
+
+
+def load(path: str | Path, *, device: torch.device | str = "cpu") -> QuantizedModel | onnx.Session:
+    """Read a saved model: a ``.qgraph`` file, or an ``.onnx`` file that qgraph wrote.
+
+    Args:
+        path: of the file.
+        device: where the tensors of a ``.qgraph`` file go.
+
+    Returns:
+        a `QuantizedModel`, or for ONNX a session that is called like the model.
+
+    Raises:
+        ArtifactError: missing, damaged, foreign or hostile; every flipped bit of a ``.qgraph``
+            file is noticed.
+    """
+    if Path(path).suffix == ".onnx":
+        return onnx.Session(path)
+    found = artifact.read(path, device)
+    return QuantizedModel(found.graph_module, found.report, found.sample)

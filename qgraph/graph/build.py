@@ -33,7 +33,8 @@ def set_value(module: GraphModule, node: Node) -> None:
 
     def value_of(item: Node) -> Any:
         if item.op == "get_attr" and "val" not in item.meta:
-            item.meta["val"] = mode.from_tensor(attribute(module, str(item.target)))
+            value = attribute(module, str(item.target))  # a constant: its sizes are no symbols
+            item.meta["val"] = mode.from_tensor(value, static_shapes=True)
         return item.meta["val"]
 
     if node.op == "get_attr":

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch.fx import GraphModule, Node
 from qgraph.graph.plan import Plan
 from qgraph.graph.provenance import module_path, source_line
 from qgraph.graph.verify import Sample, record_values
+from qgraph.report.plain import number, plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +43,24 @@ class LayerRecord:
     sqnr: float
 
     def to_dict(self) -> dict[str, object]:
-        """As plain data; nan becomes None."""
-        data = asdict(self)
-        data["sqnr"] = None if math.isnan(self.sqnr) else self.sqnr
+        """As JSON values."""
+        data = plain(asdict(self))
+        assert isinstance(data, dict)
         return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> LayerRecord:
+        """Read what `to_dict` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: the data is something else.
+        """
+        texts = ("node", "path", "line", "op", "role", "format", "decided_by", "reason")
+        return cls(
+            **{key: str(data[key]) for key in texts},
+            bits=int(data["bits"]),
+            sqnr=number(data["sqnr"]),
+        )
 
 
 def sqnr(reference: Tensor, other: Tensor) -> float:
