@@ -117,7 +117,7 @@ class QuantizedModel:
         session = self.lower("onnx").runner
         assert isinstance(session, onnx.Session)
         call = bound(self._signature, args, kwargs)
-        return parity.compare(self.graph_module, call, session=session)
+        return parity.compare(self.graph_module, call, session=session, lower_runtime=onnx.lower)
 
     def _call_of(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if inputs is None:
