@@ -19,6 +19,7 @@ from qgraph.formats import AffineEncoding, IntGrid
 from qgraph.graph.build import attribute
 from qgraph.graph.edges import Edge
 from qgraph.graph.ignore import Ignore
+from qgraph.graph.ops import OpKind
 from qgraph.graph.plan import Site
 from qgraph.graph.requests import Request
 from qgraph.graph.scale_channels import (
@@ -28,9 +29,10 @@ from qgraph.graph.scale_channels import (
     scale_source,
 )
 from qgraph.passes.reorder_channels import decibels, matched
-from qgraph.passes.use_dual_regions import affine_encoding
+from qgraph.passes.use_dual_regions import affine_encoding, row_weights
 from qgraph.pipeline import Fact, Pass, Promise
 
+LINEARS = (OpKind.LINEAR.value,)
 # Of the balancing, so much goes by the data; the rest goes by the weight.
 SHARES = (1.0, 0.85, 0.7, 0.5)
 SPREADS = (1, 2, 3, 4)  # largest exponent
@@ -61,13 +63,13 @@ class BalanceChannels(Pass):
     skip: tuple[str, ...] = ()
 
     def statistics(self, module: GraphModule, context: Context) -> Iterable[Request]:  # noqa: D102
-        for value, _ in matched(module, context):
+        for value, _ in matched(module, context, LINEARS):
             yield Request(value, "ChannelRange", (("axis", -1),))
             yield Request(value, "Reservoir", (("axis", -1), ("rows", self.rows)))
 
     def run(self, module: GraphModule, context: Context) -> bool:  # noqa: D102
         changed = False
-        for (value, bits), sites in matched(module, context).items():
+        for (value, bits), sites in matched(module, context, LINEARS).items():
             if any(Ignore.of(self.skip).matches(site.edge.consumer) for site in sites):
                 context.record(self.name, value, "kept", "left alone on request")
                 continue
@@ -135,7 +137,7 @@ class _Trial:
         self.low, self.high = ranges.low, ranges.high
         self.outputs = [rows @ weight.T for weight, _ in weights]
         energy = torch.stack([o.square().sum(1) for o in self.outputs]).sum(0)
-        self.importance = (energy + energy.median()).clamp(min=1e-30).unsqueeze(1) ** -1.5
+        self.importance = row_weights(energy).unsqueeze(1)
 
     def encoding(self, factor: Tensor) -> AffineEncoding:
         """The affine encoding of ``x / factor`` with an output-aware range."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Group a linear layer's input channels by range; each group keeps its own scale (RORQ)."""
+"""Group the input channels of linears and convolutions by range, a scale per group (RORQ)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from qgraph.formats.channel_groups import (
 )
 from qgraph.formats.element_groups import element_groups, magnitude_thresholds
 from qgraph.graph.ignore import Ignore
-from qgraph.graph.ops import OpKind
 from qgraph.graph.permute_channels import apply_fold, find_fold, insert_gather, permute_columns
 from qgraph.graph.plan import Site
 from qgraph.graph.requests import Request
@@ -38,13 +37,14 @@ from qgraph.pipeline import Fact, Pass, Promise
 
 GROUPINGS = {"outliers": outlier_thresholds, "octaves": octave_thresholds}
 CLIPS = (1.3, 1.15, 1.0, 0.9, 0.8, 0.65, 0.5)  # factors on all ranges that are tried
+SMALL = 8  # tiles per layer below which tiles become smaller
 # A tighter clip must lower the error on sampled rows by so much: larger values than theirs come.
 TIGHTER = 0.93
 
 
 @dataclass(frozen=True)
 class ReorderChannels(Pass):
-    """Group and reorder the input channels of linears, one scale per group, outliers retained.
+    """Group and reorder the input channels of products, one scale per group, outliers retained.
 
     PTQ4RIS retains outliers in groups of their own; here groups are channels, so that one group
     is one slice of a matrix product. Ranges come from the sweep, without padding tokens where
@@ -67,6 +67,8 @@ class ReorderChannels(Pass):
             costs extra bits that are counted.
         min_gain_db: needed improvement over what the sites have or, undecided, over an affine
             range searched by the same score.
+        enough_db: where that rival is this good already, it stays: plain products are faster.
+        kinds: op kinds that are treated, of ``"linear"`` and ``"conv"``.
         rows: sampled rows behind the score.
         skip, force: globs of consumers to leave alone, or to treat whatever the gain.
     """
@@ -83,6 +85,8 @@ class ReorderChannels(Pass):
     reorder: bool = True
     elements: bool = False
     min_gain_db: float = 0.5
+    enough_db: float = 40.0
+    kinds: tuple[str, ...] = ("linear", "conv")
     rows: int = 64
     skip: tuple[str, ...] = ()
     force: tuple[str, ...] = ()
@@ -92,15 +96,16 @@ class ReorderChannels(Pass):
             raise unknown_name("grouping", self.grouping, [*GROUPINGS, "best"])
 
     def statistics(self, module: GraphModule, context: Context) -> Iterable[Request]:  # noqa: D102
-        for value, _ in matched(module, context):
-            yield Request(value, "ChannelRange", (("axis", -1),))
-            yield Request(value, "Reservoir", (("axis", -1), ("rows", self.rows)))
+        for (value, _), sites in matched(module, context, self.kinds).items():
+            axis = channel_axis(sites)
+            yield Request(value, "ChannelRange", (("axis", axis),))
+            yield Request(value, "Reservoir", (("axis", axis), ("rows", self.rows)))
             if self.elements:
                 yield Request(value, "Histogram", (("bins_per_octave", 64), ("rate", 1)))
 
     def run(self, module: GraphModule, context: Context) -> bool:  # noqa: D102
         changed = False
-        for (value, bits), sites in matched(module, context).items():
+        for (value, bits), sites in matched(module, context, self.kinds).items():
             if any(Ignore.of(self.skip).matches(site.edge.consumer) for site in sites):
                 context.record(self.name, value, "kept", "left alone on request")
                 continue
@@ -111,7 +116,8 @@ class ReorderChannels(Pass):
         self, module: GraphModule, context: Context, value: Node, sites: list[Site], bits: int
     ) -> bool:
         seen = context.statistics[value]
-        rows, weight = seen.get(Reservoir, axis=-1).sampled(), output_weight(module, sites)
+        axis, weight = channel_axis(sites), output_weight(module, sites)
+        rows = seen.get(Reservoir, axis=axis).sampled()
         if weight is None or not rows.numel():
             context.record(self.name, value, "refused", "no sampled rows, or no stored weight")
             return False
@@ -122,8 +128,11 @@ class ReorderChannels(Pass):
             grouped = element_groups(_thresholds(histogram), *seen.range().bounds(), bits)
             self._decide_elements(context, value, sites, grouped, decibels(rival, score(grouped)))
             return False
-        ranges = seen.get(ChannelRange, axis=-1)
-        found = self._best(ranges, bits, score)
+        if decibels(1.0, rival) >= self.enough_db and not self._forced(sites):
+            why = f"{decibels(1.0, rival):.1f} dB are enough"
+            context.record(self.name, value, "kept", why, bits=float(bits))
+            return False
+        found = self._best(seen.get(ChannelRange, axis=axis), axis, bits, score)
         if found is None:
             context.record(self.name, value, "kept", "channel ranges form one group")
             return False
@@ -143,7 +152,7 @@ class ReorderChannels(Pass):
         return order is not None
 
     def _best(
-        self, ranges: ChannelRange, bits: int, score: Score
+        self, ranges: ChannelRange, axis: int, bits: int, score: Score
     ) -> tuple[Tensor, AffineEncoding, float] | None:
         """Groups and scales of the smallest score; None where there is only one group."""
         assert ranges.low is not None
@@ -155,8 +164,9 @@ class ReorderChannels(Pass):
             here: tuple[Tensor, AffineEncoding, float] | None = None
             for clip in CLIPS:
                 encoding = grouped_encoding(
-                    low, high, group, bits, tied=self.tied, zero_points=self.zero_points, clip=clip
-                )
+                    low, high, group, bits, tied=self.tied, zero_points=self.zero_points,
+                    clip=clip, axis=axis,
+                )  # fmt: skip
                 error = score(encoding)
                 if here is None or error < here[2] * TIGHTER:
                     here = group, encoding, error
@@ -167,7 +177,8 @@ class ReorderChannels(Pass):
     def _groupings(self, size: Tensor) -> Iterator[Tensor]:
         for name, thresholds in GROUPINGS.items():
             if self.grouping in {name, "best"}:
-                group = group_channels(size, thresholds(size, self.groups), tile=self.tile)
+                tile = min(self.tile, max(1, len(size) // SMALL))
+                group = group_channels(size, thresholds(size, self.groups), tile=tile)
                 if int(group.max()) > 0:
                     yield group
 
@@ -175,7 +186,7 @@ class ReorderChannels(Pass):
         self, module: GraphModule, context: Context, value: Node, sites: list[Site], group: Tensor
     ) -> tuple[Tensor | None, str]:
         """Reorder values and weight columns; returns the order (None: unchanged) and how."""
-        consumers = list(dict.fromkeys(site.edge.consumer for site in sites))
+        consumers, axis = [site.edge.consumer for site in sites], channel_axis(sites)
         heads = find_value_heads(value, consumers)
         order = group_order(group) if isinstance(heads, str) else heads.order(group)
         if not self.reorder or torch.equal(order, torch.arange(len(order))):
@@ -184,15 +195,15 @@ class ReorderChannels(Pass):
             permute_columns(module, consumer, order)
         if not isinstance(heads, str):
             apply_value_heads(module, heads, order)
-            _transport(context, [value], order)
+            _transport(context, [value], order, axis)
             return order, f"order inside each head folded into {heads.linear.name}"
         fold = find_fold(value, consumers)
         if not isinstance(fold, str):
             apply_fold(module, fold, order)
-            _transport(context, fold.between, order)
+            _transport(context, fold.between, order, axis)
             return order, f"order folded into {fold.linear.name}"
-        moved = insert_gather(module, value, [site.edge for site in sites], order)
-        context.statistics[moved] = permuted_statistics(context.statistics[value], order)
+        moved = insert_gather(module, value, [site.edge for site in sites], order, axis)
+        context.statistics[moved] = permuted_statistics(context.statistics[value], order, axis)
         return order, f"gathered ({fold})"
 
     def _decide_elements(
@@ -212,14 +223,22 @@ class ReorderChannels(Pass):
         return any(Ignore.of(self.force).matches(site.edge.consumer) for site in sites)
 
 
-def matched(module: GraphModule, context: Context) -> dict[tuple[Node, int], list[Site]]:
-    """Inputs of linears with stored weights, undecided or decided as two regions."""
-    found = {}
+def channel_axis(sites: list[Site]) -> int:
+    """Axis of the channels that the sites' consumers contract over."""
+    return -1 if sites[0].axis is None else sites[0].axis
+
+
+def matched(
+    module: GraphModule, context: Context, kinds: tuple[str, ...]
+) -> dict[tuple[Node, int], list[Site]]:
+    """Inputs of products with stored weights, undecided or decided as two regions."""
+    found: dict[tuple[Node, int], list[Site]] = {}
     for key, sites in context.plan.by_value().items():
         here = [
             site
             for site in sites
-            if site.kind is OpKind.LINEAR
+            if site.kind.value in kinds
+            and site.axis == sites[0].axis
             and (site.encoding is None or site.decided_by == "use-dual-regions")
             and output_weight(module, [site]) is not None
         ]
@@ -228,10 +247,11 @@ def matched(module: GraphModule, context: Context) -> dict[tuple[Node, int], lis
     return found
 
 
-def _transport(context: Context, values: Iterable[Node], order: Tensor) -> None:
+def _transport(context: Context, values: Iterable[Node], order: Tensor, axis: int) -> None:
     for node in values:
         if node in context.statistics:
-            context.statistics[node] = permuted_statistics(context.statistics[node], order)
+            seen = context.statistics[node]
+            context.statistics[node] = permuted_statistics(seen, order, axis)
 
 
 def _affine(bounds: tuple[float, float], rows: Tensor, weight: Tensor, bits: int) -> AffineEncoding:

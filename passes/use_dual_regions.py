@@ -228,19 +228,31 @@ def attention_score(rows: Tensor, values: Tensor) -> Score:
 
 
 def linear_score(rows: Tensor, weight: Tensor) -> Score:
-    """``|(q(x) - x) W^T|^2`` over sampled rows [n, C], each relative to its row's output.
+    """``|(q(x) - x) W^T|^2 / |x W^T|^2`` over sampled rows [n, C], rows weighted by `row_weights`.
 
     Outputs are projected to 64 random directions.
     """
     factor = sketch(weight, 64)
-    energy = (rows @ factor.T).square().sum(1, keepdim=True)
-    importance = (energy + energy.median()).clamp(min=1e-30) ** -1.5
+    energy = (rows @ factor.T).square().sum(1)
+    importance = row_weights(energy)
+    signal = float(energy @ importance) or 1.0
 
     def score(encoding: Encoding) -> float:
         error = (encoding.fake(rows) - rows) @ factor.T
-        return float((error.square() * importance).sum())
+        return float(error.square().sum(1) @ importance) / signal
 
     return score
+
+
+def row_weights(energy: Tensor) -> Tensor:
+    """Weight of each row's squared error, [n], falling with the energy of the row's own output.
+
+    What follows a layer mostly divides by the size of its output, so errors count about relative
+    to their row; without this a few massive rows decide alone.
+    """
+    middle = torch.maximum(energy.median(), energy.mean() * 1e-3).clamp(min=1e-30)
+    weights: Tensor = (middle / (energy + middle)) ** 1.5
+    return weights
 
 
 def best_affine(score: Score, low: float, high: float, bits: int) -> tuple[float, float]:

@@ -19,9 +19,9 @@ from qgraph.calibration.reservoir import Reservoir
 from qgraph.calibration.statistics import Statistic
 
 
-def permuted_statistics(seen: FusedStatistics, order: Tensor) -> FusedStatistics:
-    """Statistics of ``x[..., order]``; those along another axis than the last are dropped."""
-    moved = [_permuted(each, order) for each in seen.statistics]
+def permuted_statistics(seen: FusedStatistics, order: Tensor, axis: int = -1) -> FusedStatistics:
+    """Statistics of ``x.index_select(axis, order)``; those along another axis are dropped."""
+    moved = [_permuted(each, order, axis) for each in seen.statistics]
     return FusedStatistics([each for each in moved if each is not None], check=seen.check)
 
 
@@ -43,10 +43,10 @@ def scaled_statistics(seen: FusedStatistics, factor: Tensor) -> FusedStatistics:
     return FusedStatistics(kept, check=seen.check)
 
 
-def _permuted(each: Statistic, order: Tensor) -> Statistic | None:
+def _permuted(each: Statistic, order: Tensor, axis: int) -> Statistic | None:
     if isinstance(each, (Range, Histogram)):
         return each
-    if getattr(each, "axis", None) != -1:
+    if getattr(each, "axis", None) != axis:
         return None
     if isinstance(each, Reservoir):
         return _mapped(each, {"payload0"}, lambda v: v[..., order])

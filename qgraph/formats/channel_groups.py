@@ -95,9 +95,9 @@ def group_order(group: Tensor) -> Tensor:
 
 def grouped_encoding(
     low: Tensor, high: Tensor, group: Tensor, bits: int, *,
-    tied: bool = True, zero_points: bool = True, clip: float = 1.0,
+    tied: bool = True, zero_points: bool = True, clip: float = 1.0, axis: int = -1,
 ) -> AffineEncoding:  # fmt: skip
-    """The affine encoding with one scale per group of channels, along the last axis.
+    """The affine encoding with one scale per group of channels.
 
     Args:
         low, high: channel ranges [C].
@@ -107,6 +107,7 @@ def grouped_encoding(
         zero_points: each channel gets its own zero point that centres its range among the codes
             (a precomputed correction of the product); else signed codes with zero point 0.
         clip: factor on all ranges.
+        axis: channel axis of the values.
     """
     low, high = low.double().clamp(max=0.0) * clip, high.double().clamp(min=0.0) * clip
     grid = IntGrid(bits, signed=not zero_points)
@@ -123,11 +124,11 @@ def grouped_encoding(
     if zero_points:
         centre = (grid.qmax - (high + low) / scale.double()) / 2
         zero = centre.round().clamp(grid.qmin, grid.qmax).to(torch.int32)
-    return AffineEncoding(scale=scale, zero_point=zero, qmin=grid.qmin, qmax=grid.qmax, axis=-1)
+    return AffineEncoding(scale=scale, zero_point=zero, qmin=grid.qmin, qmax=grid.qmax, axis=axis)
 
 
 def permuted(encoding: AffineEncoding, order: Tensor) -> AffineEncoding:
-    """The encoding of ``x[..., order]``."""
+    """The encoding of a value whose channels are taken in this order."""
     return AffineEncoding(
         scale=encoding.scale[order], zero_point=encoding.zero_point[order], qmin=encoding.qmin,
         qmax=encoding.qmax, axis=encoding.axis,

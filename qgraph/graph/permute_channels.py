@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reordering the channels that a linear layer contracts over.
+"""Reordering the channels that a linear layer or convolution contracts over.
 
 Its output does not depend on their order if the columns of its weight follow. The order of the
 values is changed where they are made, if that costs nothing and nobody else looks (rows of the
@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 
 from qgraph.graph.build import attribute, insert_buffer, insert_call, replace_tensor
 from qgraph.graph.edges import Edge
-from qgraph.graph.ops import ELEMENTWISE, OpKind, kind
+from qgraph.graph.ops import ELEMENTWISE, OpKind, argument, kind
 
 aten = torch.ops.aten
 
@@ -40,7 +40,7 @@ def find_fold(value: Node, consumers: list[Node]) -> Fold | str:
     if extra := [user for user in value.users if user not in consumers]:
         return f"{value.name} is also read by {extra[0].name}"
     between, node = [value], value
-    while not (kind(node) is OpKind.LINEAR and node is not value):
+    while node is value or not _makes_channels(node):
         reason = _no_elementwise(node)
         if reason:
             return reason
@@ -48,9 +48,14 @@ def find_fold(value: Node, consumers: list[Node]) -> Fold | str:
         if len(node.users) != 1 or next(iter(node.users)) is not between[-1]:
             return f"{node.name} has other readers"
         between.append(node)
-    if any(isinstance(a, Node) and a.op != "get_attr" for a in node.args[1:]):
+    if any(isinstance(a, Node) and a.op != "get_attr" for a in node.args[1:3]):
         return f"the weight of {node.name} is computed"
     return Fold(node, tuple(between))
+
+
+def _makes_channels(node: Node) -> bool:
+    """Whether the rows of the node's weight are the channels of its value."""
+    return kind(node) is OpKind.LINEAR or (kind(node) is OpKind.CONV and argument(node, 6) == 1)
 
 
 def _no_elementwise(node: Node) -> str:
@@ -73,14 +78,16 @@ def apply_fold(module: GraphModule, fold: Fold, order: Tensor) -> None:
             replace_tensor(module, edge, attribute(module, target)[order], target)
 
 
-def insert_gather(module: GraphModule, value: Node, consumers: list[Edge], order: Tensor) -> Node:
-    """Let these edges read ``value[..., order]``; all other readers keep the value."""
+def insert_gather(
+    module: GraphModule, value: Node, consumers: list[Edge], order: Tensor, axis: int = -1
+) -> Node:
+    """Let these edges read the value with reordered channels; other readers keep the value."""
     following = value.next
     while following.op in {"placeholder", "get_attr"}:
         following = following.next
     index = insert_buffer(module, f"{value.name}_order", order, before=following)
     moved = insert_call(
-        module, aten.index_select.default, value, -1, index, like=value, before=following
+        module, aten.index_select.default, value, axis, index, like=value, before=following
     )
     for edge in consumers:
         edge.redirect(moved)

@@ -207,7 +207,7 @@ def test_tied_weights_are_cloned_before_they_are_permuted():
 def test_even_channels_stay_one_group_and_say_so():
     found = decided(
         seeded(nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))),
-        ReorderChannels(grouping="outliers"),
+        ReorderChannels(grouping="outliers", enough_db=99.0),
     )
     assert ("kept", "channel ranges form one group") in found.lines("reorder-channels")
     assert (
@@ -239,7 +239,11 @@ def test_a_second_run_changes_nothing():
 
 
 def test_a_graph_without_linears_is_left_alone():
-    found = decided(nn.Sequential(nn.Conv1d(12, 4, 1), nn.ReLU()), ReorderChannels(), verify=True)
+    found = decided(
+        nn.Sequential(nn.Tanh(), nn.Conv1d(12, 12, 3, padding=1, groups=12)),
+        ReorderChannels(),
+        verify=True,
+    )
     assert found.lines("reorder-channels") == []
     assert not found.steps["reorder-channels"].changed
 
@@ -250,9 +254,9 @@ def test_padding_rows_do_not_vote():
         batch[:, 8:, 3] = 500.0
     mask = torch.arange(12).expand(4, 12) < 8
     model = seeded(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)))
-    seen = decided(model, ReorderChannels(tile=1, grouping="outliers"), data=data)
+    seen = decided(model, ReorderChannels(tile=1, grouping="outliers", enough_db=99.0), data=data)
     masked = decided(
-        model, ReorderChannels(tile=1, grouping="outliers"), data=data,
+        model, ReorderChannels(tile=1, grouping="outliers", enough_db=99.0), data=data,
         row_masks=lambda args, kwargs: mask,
     )  # fmt: skip
     assert seen.lines("reorder-channels")[0][0] == "applied"
@@ -370,3 +374,23 @@ def test_values_that_several_heads_share_are_not_reordered_by_rows():
     reason = find_value_heads(linear.args[0], [linear])
     assert isinstance(reason, str)
     assert "other readers" in reason or "several heads" in reason
+
+
+def test_a_site_that_affine_serves_well_enough_keeps_its_plain_product():
+    found = decided(seeded(Normed()), ReorderChannels(enough_db=10.0), name="int8", verify=True)
+    ((outcome, reason),) = found.lines("reorder-channels")
+    assert outcome == "kept"
+    assert "dB are enough" in reason
+
+
+def test_channels_of_a_convolution_are_grouped_and_their_order_folded():
+    model = nn.Sequential(nn.Conv1d(12, 32, 3, padding=1), nn.ReLU(), nn.Conv1d(32, 8, 3))
+    with torch.no_grad():
+        model[0].weight *= WIDE[:, None, None]  # type: ignore[operator]
+    found = decided(model, ReorderChannels(), verify=True)
+    reasons = [
+        reason for outcome, reason in found.lines("reorder-channels") if outcome == "applied"
+    ]
+    assert any("order folded into conv1d" in reason for reason in reasons)
+    before, after = (outputs(m, found.batches) for m in (found.before, found.module))
+    assert torch.allclose(before, after, rtol=1e-4, atol=1e-3)
