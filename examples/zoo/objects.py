@@ -31,13 +31,21 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 }
 
 
-def render_digit(image: Floats, side: int, angle: float) -> Floats:
-    """Resample one 8x8 digit to [side, side] coverage, turned by `angle` radians."""
+def render_digit(
+    image: Floats, side: int, angle: float, *, stretch: float = 1.0, shear: float = 0.0
+) -> Floats:
+    """Resample one 8x8 digit to [side, side] coverage, turned by `angle` radians.
+
+    `stretch` narrows the digit, `shear` slants it (in radians of the vertical); both vary the
+    few samples there are.
+    """
     scale = 8.0 / side
     cos, sin = scale * np.cos(angle), scale * np.sin(angle)
     centre = side / 2
+    # Rows of the map from patch to source pixels: turn, then slant and stretch across.
+    across = (stretch * (cos - shear * sin), stretch * (sin + shear * cos))
     matrix = (
-        *(cos, sin, 4.0 - centre * (cos + sin)),
+        *(*across, 4.0 - centre * sum(across)),
         *(-sin, cos, 4.0 - centre * (cos - sin)),
     )
     padded = np.pad(image, 1)

@@ -78,10 +78,10 @@ def main() -> None:
     """Train and write the weights."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scenes", type=int, default=SCENES)
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--prompts", type=int, default=2)
-    parser.add_argument("--minutes", type=float, default=20.0, help="limit of CPU time")
+    parser.add_argument("--minutes", type=float, default=18.0, help="limit of CPU time")
     parser.add_argument("--peak-lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path, default=cache_folder() / "sam.pt")

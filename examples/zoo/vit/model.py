@@ -72,11 +72,16 @@ class VisionTransformer(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Return class logits [B, 10] for images [B, 3, 48, 48]."""
+        logits: Tensor = self.head(self.tokens(pixel_values)[:, 0])
+        return logits
+
+    def tokens(self, pixel_values: Tensor) -> Tensor:
+        """Return normalised tokens [B, 65, dim], the class token first."""
         patches = self.embed(self.stem(pixel_values)).flatten(2).transpose(1, 2)
         first = self.first.expand(patches.shape[0], -1, -1)
         x = self.blocks(torch.cat([first, patches], dim=1) + self.position)
-        logits: Tensor = self.head(self.norm(x)[:, 0])
-        return logits
+        normed: Tensor = self.norm(x)
+        return normed
 
 
 class SwinClassifier(nn.Module):
@@ -110,12 +115,18 @@ class SwinClassifier(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Return class logits [B, 10] for images [B, 3, 48, 48]."""
-        x = self.embed_norm(self.embed(self.stem(pixel_values)).flatten(2).transpose(1, 2))
-        logits: Tensor = self.head(self.norm(self.layers(x)).mean(1))
+        logits: Tensor = self.head(self.tokens(pixel_values).mean(1))
         return logits
 
+    def tokens(self, pixel_values: Tensor) -> Tensor:
+        """Return normalised tokens [B, 16, dim]."""
+        x = self.embed_norm(self.embed(self.stem(pixel_values)).flatten(2).transpose(1, 2))
+        normed: Tensor = self.norm(self.layers(x))
+        return normed
 
-BUILDERS: dict[Kind, Callable[[], nn.Module]] = {
+
+Classifier = VisionTransformer | SwinClassifier
+BUILDERS: dict[Kind, Callable[[], Classifier]] = {
     "vit": VisionTransformer,
     "swin": SwinClassifier,
 }
