@@ -16,10 +16,10 @@ demo: $(STAMP)  ## compile real models, evaluate every backend, print one table
 	$(BIN)/python -m examples.demo
 
 test: $(STAMP)  ## everything that must hold, under 15 minutes on 2 cores
-	$(BIN)/python -m pytest -q -m "not slow and not cuda"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow and not cuda"
 
 test-slow: $(STAMP)  ## the long suites
-	$(BIN)/python -m pytest -q -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
