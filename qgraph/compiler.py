@@ -104,7 +104,7 @@ def compile(  # noqa: A001
 
     quantized = QuantizedModel(module, summary, context.sample)
     if verify == "full":
-        quantized.verify().check()
+        quantized.report = quantized.report.with_parity(quantized.verify().check())
     return quantized
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import re
 from collections.abc import Callable
 
-from qgraph import passes
+from qgraph import passes, plugins
 from qgraph.errors import ConfigError, unknown_name
 from qgraph.formats import check_bits
 from qgraph.pipeline import Pass, Pipeline
@@ -138,7 +138,10 @@ def pipeline(name: str, **options: object) -> Pipeline:
     match = _NAME.fullmatch(name)
     family = FAMILIES.get(match["family"] or "") if match else None
     if match is None or family is None:
-        raise unknown_name("pipeline", name, pipelines())
+        offered = plugins.find_pipeline(name)
+        if offered is None:
+            raise unknown_name("pipeline", name, [*pipelines(), *plugins.names(plugins.PIPELINES)])
+        return with_options(offered, options) if options else offered
     weight_bits = check_bits(int(match["both"] or match["w"]))
     activation_bits = check_bits(int(match["both"] or match["a"]))
     built = Pipeline(name, family.build(weight_bits, activation_bits))
@@ -173,11 +176,7 @@ def parse(text: str) -> Pipeline:
 
 def parse_pass(line: str) -> Pass:
     """Read one pass, such as ``plan-sites(weight_bits=4)``."""
-    known = {cls.name: cls for cls in passes.ALL}
     name, _, rest = line.partition("(")
-    if name not in known:
-        raise unknown_name("pass", name, known)
-    fields = {f.name for f in dataclasses.fields(known[name])}
     try:
         call = ast.parse(f"f({rest}" if rest else "f()", mode="eval").body
         assert isinstance(call, ast.Call)
@@ -185,7 +184,27 @@ def parse_pass(line: str) -> Pass:
     except (SyntaxError, ValueError, AssertionError) as error:
         msg = f"cannot read the options of {line!r}: {error}"
         raise ConfigError(msg) from error
-    for option in given:
+    return make_pass(name, given)
+
+
+def make_pass(name: str, options: dict[str, object]) -> Pass:
+    """A pass by name, of qgraph or of an installed package.
+
+    Raises:
+        ConfigError: an unknown pass or option, or options that the pass refuses.
+    """
+    known = {cls.name: cls for cls in passes.ALL}
+    cls = known.get(name) or plugins.find_pass(name)
+    if cls is None:
+        raise unknown_name("pass", name, [*known, *plugins.names(plugins.PASSES)])
+    fields = {f.name for f in dataclasses.fields(cls) if f.init}
+    for option in options:
         if option not in fields:
             raise unknown_name(f"option of {name}", option, fields)
-    return known[name](**given)
+    try:
+        return cls(**options)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        msg = f"{name} does not take {options}: {error}"
+        raise ConfigError(msg) from error

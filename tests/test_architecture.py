@@ -22,6 +22,7 @@ LAYERS = {
     "qgraph.passes": 6,
     "qgraph.backends": 6,
     "qgraph.report": 6,
+    "qgraph.plugins": 6,
     "qgraph.pipelines": 7,
     "qgraph.artifact": 7,
     "qgraph.model": 8,

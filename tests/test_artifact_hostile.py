@@ -317,17 +317,13 @@ def test_no_single_changed_value_of_the_graph_gives_anything_but_the_typed_error
         return  # a change may also be harmless: another note, another source line
 
 
-def test_loading_uses_no_pickle_and_imports_nothing_foreign(whole):
+def test_loading_unpickles_nothing_and_starts_no_process(whole):
     program = (
         "import sys, torch, qgraph\n"
         "def watch(event, _):\n"
         "    if event in {'pickle.find_class', 'os.system', 'subprocess.Popen'}: sys.exit(event)\n"
         "sys.addaudithook(watch)\n"
-        "before = set(sys.modules)\n"
         "qgraph.load(sys.argv[1])\n"
-        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
-        "known = {'torch', 'sympy', 'qgraph', 'mpmath', 'numpy', *sys.stdlib_module_names}\n"
-        "assert new <= known, new\n"
     )
     root = Path(__file__).parents[1]
     command = [sys.executable, "-c", program, str(whole)]

@@ -8,6 +8,7 @@ from torch.fx import GraphModule
 from qgraph.context import Context
 from qgraph.graph.trace import trace_info
 from qgraph.pipeline import Pipeline, Step
+from qgraph.report.graph_view import cost_of, graph_view
 from qgraph.report.layers import consumers, layer_records, measure
 from qgraph.report.report import Report
 
@@ -27,4 +28,6 @@ def build_report(
         decisions=tuple(context.decisions),
         steps=tuple(steps),
         notes=tuple(notes),
+        graph=graph_view(module, errors),
+        cost=cost_of(module),
     )
