@@ -30,6 +30,7 @@ LAYERS = {
     "qgraph.sensitivity": 10,
     "qgraph.testing": 10,
     "qgraph.cli": 11,
+    "qgraph.__main__": 12,
     "qgraph": 10,
 }
 
