@@ -27,7 +27,16 @@ from qgraph.calibration.reconstruction import (
     tune,
 )
 from qgraph.calibration.rounding import Method
-from qgraph.calibration.streams import Batching, Bucket, Shelf, Stream, begin, last_readers, split
+from qgraph.calibration.streams import (
+    ROW_MASK,
+    Batching,
+    Bucket,
+    Shelf,
+    Stream,
+    begin,
+    last_readers,
+    split,
+)
 from qgraph.calibration.student import (
     Trainable,
     build_student,
@@ -59,7 +68,8 @@ class ReconstructBlocks(Pass):
 
     Attributes:
         granularity: ``layer``, ``subblock``, ``block``, ``stage`` or ``auto``.
-        steps, batch, lr, step_lr, drop, regularizer, method: see `Tuning`.
+        steps, batch, lr, step_lr, drop, regularizer: see `Tuning`.
+        rounding: ``adaround`` (rectified sigmoid, annealed) or ``ste`` (straight through).
         global_weight, global_every, global_target: supervision behind the float rest of the
             network, of its ``features`` (input of the last product) or ``logits``.
         local_weight: supervision of values inside the region.
@@ -82,7 +92,7 @@ class ReconstructBlocks(Pass):
     step_lr: float = 2e-3
     drop: float = 0.5
     regularizer: float = 0.01
-    method: str = "adaround"
+    rounding: str = "adaround"
     learn_steps: bool = True
     global_weight: float = 0.0
     global_every: int = 4
@@ -93,7 +103,7 @@ class ReconstructBlocks(Pass):
     def __post_init__(self) -> None:
         for what, got, allowed in (
             ("granularity", self.granularity, GRANULARITIES),
-            ("rounding method", self.method, ("adaround", "ste")),
+            ("rounding method", self.rounding, ("adaround", "ste")),
             ("global target", self.global_target, TARGETS),
         ):
             if got not in allowed:
@@ -104,7 +114,7 @@ class ReconstructBlocks(Pass):
 
     def tuning(self) -> Tuning:
         """The options as the optimiser takes them."""
-        method: Method = "ste" if self.method == "ste" else "adaround"
+        method: Method = "ste" if self.rounding == "ste" else "adaround"
         return Tuning(
             steps=self.steps, batch=self.batch, lr=self.lr, step_lr=self.step_lr, drop=self.drop,
             regularizer=self.regularizer, method=method, global_weight=self.global_weight,
@@ -151,7 +161,10 @@ class _Work:
         adapt = context.adapt or adapter(module)
         saved = _load(folder, 0)
         if saved is None:
-            exact = begin(work.exact, context.batches, adapt, shelf, max_samples=item.max_samples)
+            exact = begin(
+                work.exact, context.batches, adapt, shelf, max_samples=item.max_samples,
+                row_masks=context.row_masks,
+            )  # fmt: skip
         else:
             exact = Stream("float", shelf, Batching(work.exact), [])
             exact.restore(saved["exact"])
@@ -229,7 +242,7 @@ class _Work:
         if not weights or not judged:
             return None, {}
         ports = observed_ports(self.exact, region, inside=item.local_weight > 0)
-        method: Method = "ste" if item.method == "ste" else "adaround"
+        method: Method = "ste" if item.rounding == "ste" else "adaround"
         what = Trainable(weights, activations, method, item.learn_steps)
         student = build_student(self.module, ports.inputs, ports.observed, what)
         teacher = extract(self.exact, ports.inputs, ports.observed)
@@ -299,7 +312,9 @@ class _Work:
     def _stale(self, stream: Stream, number: int) -> list[str]:
         target = self.target() if self.item.global_weight > 0 else None
         names = {name for bucket in stream.buckets for name in bucket.values}
-        return [n for n in names if self.readers.get(n, -1) <= number and n != target]
+        return [
+            n for n in names if self.readers.get(n, -1) <= number and n not in {target, ROW_MASK}
+        ]
 
     def save(self, number: int, decisions: dict[str, Any], outcome: Outcome | None = None) -> None:
         """Commit the state behind `number` regions, atomically."""

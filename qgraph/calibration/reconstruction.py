@@ -19,12 +19,13 @@ from torch import Tensor
 from qgraph.calibration.region_losses import (
     FLOOR,
     Ports,
+    counted,
     final_loss,
     inside_loss,
     output_loss,
 )
 from qgraph.calibration.rounding import Method, coins, penalty
-from qgraph.calibration.streams import Stream, read
+from qgraph.calibration.streams import ROW_MASK, Stream, read
 from qgraph.calibration.student import Student
 
 
@@ -107,6 +108,11 @@ class Streams:
             [flt.rows(name, picks) for name in ports],
         )  # fmt: skip
 
+    def mask(self, bucket: int, picks: Tensor) -> Tensor | None:
+        """Which rows [B, T] count; None for all."""
+        held = self.exact.buckets[bucket]
+        return held.rows(ROW_MASK, picks) if ROW_MASK in held.values else None
+
     def exact_rows(self, bucket: int, ports: tuple[str, ...], picks: Tensor) -> list[Tensor]:
         """Float rows of ports."""
         return [self.exact.buckets[bucket].rows(name, picks) for name in ports]
@@ -166,7 +172,8 @@ class _Terms:
         made = list(problem.student.graph(*inputs))
         count = len(ports.outputs)
         wanted = streams.exact_rows(bucket, ports.outputs, picks)
-        terms = {"block": output_loss(made[:count], wanted)}
+        mask = streams.mask(bucket, picks)
+        terms = {"block": output_loss(made[:count], wanted, mask)}
         if tuning.local_weight and len(made) > count:
             with torch.no_grad():
                 inner = list(problem.teacher(*exact))[count:]
@@ -214,10 +221,12 @@ def hard_loss(problem: Problem, picks: list[list[int]], *, batch: int) -> float:
             part = torch.tensor(members[start : start + batch])
             inputs, _ = problem.streams.inputs(bucket, problem.ports.inputs, part)
             made = problem.student.graph(*inputs)
+            mask = problem.streams.mask(bucket, part)
             wanted = problem.streams.exact_rows(bucket, problem.ports.outputs, part)
             for name, a, b in zip(problem.ports.outputs, made, wanted, strict=False):
-                error[name] = error.get(name, 0.0) + float((a - b).double().square().sum())
-                energy[name] = energy.get(name, 0.0) + float(b.double().square().sum())
+                gap, size = counted(a - b, mask), counted(b, mask)
+                error[name] = error.get(name, 0.0) + float(gap.double().square().sum())
+                energy[name] = energy.get(name, 0.0) + float(size.double().square().sum())
     shares = [error[name] / max(energy[name], FLOOR) for name in error]
     return sum(shares) / len(shares) if shares else 0.0
 
@@ -265,6 +274,7 @@ def _descend(
     if not groups or tuning.steps == 0:
         return []
     optimizer = torch.optim.Adam(groups)
+    learned = [*student.variables(), *student.steps()]
     terms = _Terms(problem, tuning)
     draw = _Drawer(problem.streams.train, batch, generator)
     terms.norms = _norms(terms, student, *draw(), generator)
@@ -280,7 +290,7 @@ def _descend(
         loss = terms.total(parts)
         loss = loss + _pull(shares, tuning, step)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward(inputs=[p for g in groups for p in g["params"]])  # type: ignore[no-untyped-call]
+        loss.backward(inputs=learned)  # type: ignore[no-untyped-call]
         optimizer.step()
         if tuning.method == "ste":
             for rounding in student.unique():

@@ -34,12 +34,17 @@ class Ports:
         return (*self.outputs, *self.inside, *self.rows)
 
 
-def output_loss(made: list[Tensor], wanted: list[Tensor]) -> Tensor:
+def counted(value: Tensor, mask: Tensor | None) -> Tensor:
+    """Rows of [B, T, ...] that a mask [B, T] keeps; other shapes count in full."""
+    if mask is None or value.ndim < 3 or value.shape[:2] != mask.shape:
+        return value
+    return value[mask]
+
+
+def output_loss(made: list[Tensor], wanted: list[Tensor], mask: Tensor | None = None) -> Tensor:
     """Mean over ports of the squared error relative to the port's mean square, fp32."""
-    terms = [
-        F.mse_loss(a, b) / b.square().mean().clamp_min(FLOOR)
-        for a, b in zip(made, wanted, strict=True)
-    ]
+    pairs = [(counted(a, mask), counted(b, mask)) for a, b in zip(made, wanted, strict=True)]
+    terms = [F.mse_loss(a, b) / b.square().mean().clamp_min(FLOOR) for a, b in pairs]
     return torch.stack(terms).mean()
 
 

@@ -22,9 +22,11 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from qgraph.calibration.loader import Arguments, Signature
+from qgraph.calibration.sweep import Masks
 from qgraph.errors import CalibrationError
 
 DEFAULT_MEMORY = 2 << 30  # bytes in memory before values go to files
+ROW_MASK = "row mask"
 GUARD = 8  # one sample of so many is held out
 _UNSAFE = str.maketrans(dict.fromkeys("/\\:. ", "_"))
 
@@ -235,9 +237,11 @@ def read(bucket: Bucket, other: Bucket, name: str, picks: Tensor | slice) -> Ten
 
 def begin(
     module: GraphModule, loader: Iterable[Any], adapt: Callable[[Any], Arguments], shelf: Shelf,
-    *, max_samples: int | None = None,
+    *, max_samples: int | None = None, row_masks: Masks | None = None,
 ) -> Stream:  # fmt: skip
     """The stream of a graph's inputs: one pass over the loader.
+
+    `row_masks` is kept beside them under the name `ROW_MASK`.
 
     Raises:
         CalibrationError: no batches, or inputs that do not fit the signature.
@@ -252,6 +256,9 @@ def begin(
         signature.check(args, kwargs, batch=count)
         leaves = dict(zip(names, signature.flat(args, kwargs), strict=True))
         here, rows = _rows(leaves, batching)
+        mask = None if row_masks is None else row_masks(args, kwargs)
+        if mask is not None:
+            rows[ROW_MASK] = mask.bool().unsqueeze(1 if batching.dynamic else 0)
         if max_samples is not None and taken + here > max_samples:
             here, rows = _cut(rows, max_samples - taken)
         if here == 0:
@@ -288,7 +295,7 @@ def _shape_key(rows: dict[str, Tensor]) -> tuple[object, ...]:
 
 def _gather(stream: Stream, number: int, name: str, parts: list[Tensor]) -> None:
     bucket = stream.buckets[number]
-    shared = stream.batching.dynamic and name not in stream.batching.growing
+    shared = stream.batching.dynamic and name not in stream.batching.growing | {ROW_MASK}
     count = 1 if shared else len(bucket.samples)
     key = stream.key(number, name)
     target = stream.shelf.allocate(key, (count, *parts[0].shape[1:]), parts[0].dtype)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qgraph.calibration.loader import adapter
-from qgraph.calibration.streams import Batching, Shelf, Stream, begin, split
+from qgraph.calibration.streams import ROW_MASK, Batching, Shelf, Stream, begin, split
 from qgraph.errors import CalibrationError
 from qgraph.graph.extract import extract
 from qgraph.graph.trace import trace
@@ -149,3 +149,15 @@ def test_one_sample_of_eight_is_held_out_and_no_one_twice():
     assert sorted(train[0] + guard[0]) == list(range(17))
     assert split(stream, seed=3) == (train, guard)
     assert split(stream, seed=4) != (train, guard)
+
+
+def test_masks_of_rows_are_kept_beside_the_inputs():
+    module = graph()
+    loader, data = batches([3, 2])
+
+    def masks(args, kwargs):
+        return args[0][:, :, 0] > 0
+
+    (bucket,) = stream_of(module, loader, row_masks=masks).buckets
+    picks = torch.tensor([4, 0])
+    assert torch.equal(bucket.rows(ROW_MASK, picks), data[picks][:, :, 0] > 0)

@@ -212,7 +212,7 @@ def test_terms_of_weight_zero_change_nothing():
         {"global_weight": 1.0, "global_every": 2},
         {"global_weight": 1.0, "global_target": "logits"},
         {"local_weight": 0.25},
-        {"method": "ste"},
+        {"rounding": "ste"},
         {"granularity": "layer"},
         {"granularity": "subblock", "drop": 0.0},
         {"learn_steps": False},
@@ -314,7 +314,7 @@ def test_global_supervision_lowers_the_held_out_divergence_of_logits():
 
 @pytest.mark.parametrize(
     "options",
-    [{"granularity": "blocks"}, {"method": "stee"}, {"global_target": "logit"}, {"steps": -1}],
+    [{"granularity": "blocks"}, {"rounding": "stee"}, {"global_target": "logit"}, {"steps": -1}],
     ids=str,
 )
 def test_wrong_options_are_refused(options):
