@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each part of block reconstruction is worth: `python -m benchmarks.vit [--quick]`.
+
+Round-to-nearest of the plain pipeline, the strong start points of `vit`, and from there with
+equal steps: rounding learned per layer, per block (OBR), with supervision behind the float rest
+of the network (EBGS), inside the block (IBLS), both (MGRQ), at W4A4 and W3A3 with three seeds.
+Each finished row is saved; a killed run goes on where it stopped. Options were chosen on the
+development split; the evaluation split is scored once, with `--split evaluation`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import qgraph
+from examples.zoo.splits import Split
+from examples.zoo.vit import batches, evaluate, load_model
+from examples.zoo.vit.model import KINDS, Kind
+from qgraph.passes import ReconstructBlocks
+from qgraph.pipeline import Pipeline
+
+RESULTS = Path(__file__).parent / "results" / "vit.json"
+NAME = ReconstructBlocks.name
+Row = dict[str, Any]
+Options = dict[str, Any]
+
+FAR = {"global_weight": 1.0}
+INSIDE = {"local_weight": 0.25}
+# Name -> (pipeline prefix, options of the reconstruction or None for round-to-nearest).
+VARIANTS: dict[str, tuple[str, Options | None]] = {
+    "RTN": ("", None),
+    "start points": ("vit_", None),
+    "AdaRound per layer": ("vit_", {"granularity": "layer"}),
+    "OBR": ("vit_", {}),
+    "OBR + EBGS": ("vit_", FAR),
+    "OBR + IBLS": ("vit_", INSIDE),
+    "MGRQ": ("vit_", FAR | INSIDE),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured.
+
+    Attributes:
+        calibration: images of the calibration split.
+        samples: images scored.
+        steps: optimiser steps per region.
+        seeds: of the reconstruction.
+        split: what is scored.
+    """
+
+    calibration: int = 256
+    samples: int = 2000
+    steps: int = 400
+    seeds: tuple[int, ...] = (0, 1, 2)
+    split: Split = "development"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row to measure."""
+
+    model: Kind
+    bits: int
+    variant: str
+    seed: int
+
+    def key(self, settings: Settings) -> str:
+        """Name of the row in the results."""
+        return f"{self.model}/{self.bits}/{self.variant}/{self.seed}/{settings}"
+
+
+def cases(models: tuple[Kind, ...], widths: tuple[int, ...], settings: Settings) -> Iterator[Case]:
+    """All rows; those without random choices once."""
+    for model in models:
+        for bits in widths:
+            for variant, (_, options) in VARIANTS.items():
+                for seed in settings.seeds if options is not None else settings.seeds[:1]:
+                    yield Case(model, bits, variant, seed)
+
+
+def pipeline_of(case: Case, settings: Settings) -> Pipeline:
+    """The pipeline of a row."""
+    prefix, options = VARIANTS[case.variant]
+    built = qgraph.pipeline(f"{prefix}int{case.bits}")
+    if NAME in [item.name for item in built]:
+        built = built.without(NAME)
+    if options is None:
+        return built
+    tuned = ReconstructBlocks(**{"steps": settings.steps, **options})
+    return built.insert_after("insert-quantizers", tuned)
+
+
+@torch.no_grad()
+def output_sqnr(model: Callable[..., Tensor], reference: nn.Module, settings: Settings) -> float:
+    """Signal-to-noise ratio of logits in dB on the scored split."""
+    signal = noise = 0.0
+    for inputs, _ in batches(settings.split, min(500, settings.samples), 50):
+        expected, got = reference(**inputs), model(**inputs)
+        signal += float(expected.double().square().sum())
+        noise += float((got - expected).double().square().sum())
+    return 10 * math.log10(signal / max(noise, 1e-300))
+
+
+def measure(case: Case, settings: Settings) -> Row:
+    """Compile and score one row."""
+    model = load_model(case.model)
+    data = [inputs for inputs, _ in batches("calibration", settings.calibration, 32)]
+    start = time.process_time()
+    quantized = qgraph.compile(
+        model, data, pipeline_of(case, settings), seed=case.seed, progress=False, verify=False
+    )
+    seconds = time.process_time() - start
+    runner = quantized.lower("reference")
+    decisions = [d for d in quantized.report.decisions if d.by == NAME and d.numbers]
+    return {
+        "model": case.model, "bits": case.bits, "variant": case.variant, "seed": case.seed,
+        "accuracy": 100 * evaluate(runner, settings.split, settings.samples)["accuracy"],
+        "sqnr": output_sqnr(runner, model, settings),
+        "cpu_seconds": seconds,
+        "regions": len(decisions),
+        "accepted": sum(d.outcome == "applied" for d in decisions),
+        "split": settings.split, "samples": settings.samples, "steps": settings.steps,
+    }  # fmt: skip
+
+
+def saved(path: Path) -> dict[str, Row]:
+    """Rows measured so far."""
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def table(rows: list[Row]) -> str:
+    """Mean and spread over seeds per model, width and variant."""
+    lines = []
+    groups: dict[tuple[str, int, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["bits"], row["variant"]), []).append(row)
+    for (model, bits, variant), group in groups.items():
+        scores = [row["accuracy"] for row in group]
+        spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
+        sqnr = statistics.mean(row["sqnr"] for row in group)
+        seconds = statistics.mean(row["cpu_seconds"] for row in group)
+        mean = statistics.mean(scores)
+        lines.append(
+            f"{model:5} W{bits}A{bits} {variant:20} {mean:6.2f} +- {spread:4.2f} %"
+            f"  {sqnr:6.2f} dB  {seconds:6.1f} CPU s"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure what is missing, save, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one seed, fewer images and steps")
+    parser.add_argument("--models", nargs="+", choices=KINDS, default=["vit"])
+    parser.add_argument("--bits", nargs="+", type=int, default=[4, 3])
+    parser.add_argument("--split", choices=("development", "evaluation"), default="development")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    settings = Settings(split=args.split)
+    if args.quick:
+        settings = Settings(64, 200, 40, (0,), args.split)
+    rows = saved(args.results)
+    for case in cases(tuple(args.models), tuple(args.bits), settings):
+        key = case.key(settings)
+        if key not in rows:
+            rows[key] = measure(case, settings)
+            args.results.parent.mkdir(parents=True, exist_ok=True)
+            part = args.results.with_suffix(".part")
+            part.write_text(json.dumps(rows, indent=1))
+            part.replace(args.results)
+            print(table([rows[key]]), flush=True)
+    print(table(list(rows.values())))
+
+
+if __name__ == "__main__":
+    main()
