@@ -13,7 +13,9 @@ from qgraph.errors import ConfigError, unknown_name
 from qgraph.formats import check_bits
 from qgraph.pipeline import Pass, Pipeline
 
-_NAME = re.compile(r"(?:(?P<family>[a-z]+)_)?(?:int(?P<both>\d+)|w(?P<w>\d+)a(?P<a>\d+))")
+_NAME = re.compile(
+    r"(?:(?P<family>[a-z]+)_)?(?:int(?P<both>\d+)|w(?P<w>\d+)a(?P<a>\d+))(?P<recon>_recon)?"
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -24,11 +26,13 @@ class Family:
         name: prefix in pipeline names; the empty one is the default.
         purpose: one line for listings.
         build: (weight bits, activation bits) -> passes.
+        widths: those that listings show.
     """
 
     name: str
     purpose: str
     build: Callable[[int, int], tuple[Pass, ...]]
+    widths: tuple[str, ...] = ("int8", "int6", "w4a8", "int4")
 
 
 def front() -> tuple[Pass, ...]:
@@ -95,12 +99,46 @@ def _sam(weight_bits: int, activation_bits: int) -> tuple[Pass, ...]:
     )
 
 
+def _vit(weight_bits: int, activation_bits: int) -> tuple[Pass, ...]:
+    """Vision transformers at few bits: strong start points, then block reconstruction.
+
+    The start decides much of a 4-bit result: wide channels behind norms are balanced, softmax and
+    GELU outputs get the format that measurably helps, and then rounding is learned.
+    """
+    return (
+        *front(),
+        passes.PlanSites(weight_bits=weight_bits, activation_bits=activation_bits),
+        passes.Calibrate(),
+        passes.SearchSoftmaxBase(),
+        passes.UseDualRegions(),
+        passes.BalanceChannels(),
+        passes.ChooseRanges(),
+        passes.ChooseWeightScales(),
+        passes.InsertQuantizers(),
+        passes.ReconstructBlocks(),
+        *back()[1:],
+    )
+
+
+def reconstructed(built: Pipeline) -> Pipeline:
+    """A copy that learns rounding and steps region by region, once quantizers are in place."""
+    if any(item.name == passes.ReconstructBlocks.name for item in built):
+        return built
+    return built.insert_after(passes.InsertQuantizers.name, passes.ReconstructBlocks())
+
+
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         Family("", "any model: affine formats, ranges by what the outputs see", _int),
         Family("ris", "vision and text together: dual regions, outlier channels in groups", _ris),
         Family("sam", "promptable segmentation: one-sided or centred keys, softmax bases", _sam),
+        Family(
+            "vit",
+            "vision transformers at few bits: block reconstruction",
+            _vit,
+            ("int6", "int4", "int3", "w4a8"),
+        ),
     )
 }
 
@@ -108,7 +146,8 @@ FAMILIES: dict[str, Family] = {
 def pipelines() -> dict[str, str]:
     """Names of ready pipelines with one line each.
 
-    Widths are free: ``int<b>``, ``w<b>a<b>``, each with a family prefix such as ``ris_``.
+    Widths are free: ``int<b>``, ``w<b>a<b>``, each with a family prefix such as ``ris_``; the
+    suffix ``_recon`` adds block reconstruction to any of them.
 
     >>> "int8" in pipelines()
     True
@@ -116,8 +155,10 @@ def pipelines() -> dict[str, str]:
     listed = {}
     for family in FAMILIES.values():
         prefix = f"{family.name}_" if family.name else ""
-        for width in ("int8", "int6", "w4a8", "int4"):
+        for width in family.widths:
             listed[f"{prefix}{width}"] = family.purpose
+        if family.name != "vit":
+            listed[f"{prefix}int4_recon"] = f"{family.purpose}; rounding learned by blocks"
     return listed
 
 
@@ -145,6 +186,8 @@ def pipeline(name: str, **options: object) -> Pipeline:
     weight_bits = check_bits(int(match["both"] or match["w"]))
     activation_bits = check_bits(int(match["both"] or match["a"]))
     built = Pipeline(name, family.build(weight_bits, activation_bits))
+    if match["recon"]:
+        built = reconstructed(built)
     return with_options(built, options)
 
 
