@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import random
@@ -12,11 +13,13 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import qgraph
 from qgraph.artifact import container, read, write_file
@@ -315,6 +318,30 @@ def test_no_single_changed_value_of_the_graph_gives_anything_but_the_typed_error
         qgraph.load(path)
     except qgraph.ArtifactError:
         return  # a change may also be harmless: another note, another source line
+
+
+def test_an_onnx_file_cannot_make_torch_import_a_module(whole, tmp_path, monkeypatch):
+    """torch's own reader of structures imports what an enumeration in them names."""
+    loaded = qgraph.load(whole)
+    assert isinstance(loaded, QuantizedModel)
+    loaded.to_onnx(tmp_path / "m.onnx")
+    (tmp_path / "lurking_module.py").write_text("import pathlib; pathlib.Path('hacked').touch()")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    model = onnx.load(tmp_path / "m.onnx")
+    entry = next(p for p in model.metadata_props if p.key == "qgraph")
+    data = json.loads(entry.value)
+    leaf: dict[str, object] = {"type": None, "context": None, "children_spec": []}
+    enum = json.dumps([{"__enum__": True, "fqn": "lurking_module:Kind", "name": "a"}])
+    spec = {"type": "builtins.dict", "context": enum, "children_spec": [leaf]}
+    data["signature"]["out_spec"] = json.dumps([1, spec])
+    entry.value = json.dumps(data)
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(qgraph.ArtifactError, match="enumerations"):
+        qgraph.load(tmp_path / "m.onnx")
+    with contextlib.suppress(Exception):  # the danger is real: torch itself does import it
+        pytree.treespec_loads(data["signature"]["out_spec"])
+    assert (tmp_path / "hacked").exists()
 
 
 def test_loading_unpickles_nothing_and_starts_no_process(whole):

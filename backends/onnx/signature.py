@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -70,6 +71,7 @@ class Signature:
             )
             for item in inputs:
                 _dtype(item.dtype)
+            _check_specs(data["in_spec"], data["out_spec"])
             return cls(
                 in_spec=str(data["in_spec"]), out_spec=str(data["out_spec"]),
                 arguments=tuple(map(str, data["arguments"])),
@@ -155,6 +157,28 @@ def _dtype(name: str) -> torch.dtype:
         msg = f"unknown dtype {name!r}"
         raise ValueError(msg)
     return found
+
+
+def _check_specs(*specs: object) -> None:
+    """Refuse enumerations in structures: torch imports the module that they name.
+
+    Raises:
+        ValueError, TypeError: there is one, or a structure is no JSON text.
+    """
+    pending: list[object] = [json.loads(str(spec)) for spec in specs]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            if "__enum__" in item:
+                msg = "enumerations are not accepted in structures"
+                raise ValueError(msg)
+            pending.extend(item.values())
+            context = item.get("context")
+            if isinstance(context, str):  # JSON text inside JSON
+                with contextlib.suppress(json.JSONDecodeError):
+                    pending.append(json.loads(context))
+        elif isinstance(item, list):
+            pending.extend(item)
 
 
 def symbols(module: GraphModule) -> dict[str, str]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 1500
 MAX_NODES = 2500
+_OWNERS = ("linear", "conv", "conv_transpose", "embedding")
 
 
 def page(report: Report) -> str:
@@ -157,7 +158,10 @@ def _errors(report: Report) -> str:
     for layer in report.layers:
         if not math.isnan(layer.sqnr):
             note = f"{layer.node} ({layer.op}) {layer.line}"
-            seen.setdefault(layer.node, (layer.path or layer.node, note, layer.sqnr))
+            owns = layer.role == "weight" or not layer.path  # else the module has several ops
+            name = layer.path or layer.node
+            shown = name if owns or layer.op in _OWNERS else f"{name} {layer.op}"
+            seen.setdefault(layer.node, (shown, note, layer.sqnr))
     rows = list(seen.values())[:MAX_ROWS]
     if not rows:
         return ""

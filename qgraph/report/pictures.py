@@ -112,7 +112,7 @@ def error_bars(rows: Iterable[tuple[str, str, float]]) -> str:
     """Bars of dB: (name, note, value) each, in the order given; the scale ends at 60 dB."""
     shown = list(rows)
     height, label, full = 19, 205, 240
-    parts = [f'<svg viewBox="0 0 530 {height * len(shown) + 4}" width="530" role="img">']
+    parts = [f'<svg viewBox="0 0 530 {height * len(shown) + 4}" width="100%" role="img">']
     for k, (name, note, value) in enumerate(shown):
         y = k * height
         size = full * min(max(value, 0.0), 60.0) / 60 if not math.isnan(value) else 0.0
@@ -120,7 +120,7 @@ def error_bars(rows: Iterable[tuple[str, str, float]]) -> str:
         parts.append(
             f"<g><title>{escape(note)}</title>"
             f'<text x="{label - 8}" y="{y + 13}" text-anchor="end">'
-            f"{escape(_short(name, 32))}</text>"
+            f"{escape(_short(name, 29))}</text>"
             f'<rect class="track" x="{label}" y="{y + 4}" width="{full}" height="11" rx="3"/>'
             f'<rect x="{label}" y="{y + 4}" width="{max(size, 2):.1f}" height="11" rx="3" '
             f'fill="{error_colour(value)}"/>'
@@ -140,11 +140,11 @@ def share_bar(parts: Sequence[tuple[str, float, str]]) -> str:
             f'<g class="node"><title>{escape(label)}: {share}</title><rect x="{x:.1f}" y="0" '
             f'width="{max(size - 1.5, 0.5):.1f}" height="26" rx="4" fill="{colour}"/>'
         )
-        if size > 110:
+        if size > 7.5 * (len(label) + len(share) + 3):
             pieces.append(f'<text x="{x + size / 2:.1f}" y="17">{escape(label)} · {share}</text>')
         pieces.append("</g>")
         x += size
-    return f'<svg viewBox="0 0 1000 26" width="1000" role="img">{"".join(pieces)}</svg>'
+    return f'<svg viewBox="0 0 1000 26" width="100%" role="img">{"".join(pieces)}</svg>'
 
 
 def time_bar(seconds: float, longest: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -179,7 +180,8 @@ class Report:
 
     def summary(self) -> str:
         """The few lines that matter, at most 100 characters wide."""
-        return "\n".join(line[:100] for line in self._summary())
+        lines = (textwrap.wrap(x, 100, subsequent_indent=" " * 13) for x in self._summary())
+        return "\n".join(line for wrapped in lines for line in wrapped)
 
     def _summary(self) -> Iterator[str]:
         widths = Counter(layer.bits for layer in self.layers)
