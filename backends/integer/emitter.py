@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 
 from qgraph.backends.integer.choice import choose
 from qgraph.backends.integer.emission import COPIED_META, VIEWS
-from qgraph.backends.integer.opaque import opaque
+from qgraph.backends.integer.opaque import is_elementary, opaque
 from qgraph.backends.integer.quantizing import QuantizerEmission
 from qgraph.backends.integer.reuse import reuse_buffers
 from qgraph.backends.integer.storage import Storage
@@ -88,11 +88,24 @@ class Emitter(QuantizerEmission):
             coded = self.env[source]
             if source not in self.semantics.levels and node.target is not operator.getitem:
                 return Coded(self.moved(node, coded.node), coded.storage)
-        args, kwargs = map_arg(node.args, self.plain), map_arg(node.kwargs, self.plain)
+        load = self.plain if is_elementary(node.target) else self._contiguous
+        args, kwargs = map_arg(node.args, load), map_arg(node.kwargs, load)
         target = aten.reshape.default if node.target in VIEWS else node.target
         emitted = self.call(opaque(target) if self.compiled else target, *args, **kwargs)
         emitted.meta["val"] = node.meta.get("val")
         return emitted
+
+    def _contiguous(self, node: Node) -> Any:
+        """An image as the reference has it: kernels of smooth functions round by memory layout."""
+        value, plain = node.meta.get("val"), self.plain(node)
+        image = isinstance(value, Tensor) and value.is_floating_point() and value.ndim in {4, 5}
+        if not image or not isinstance(plain, Node) or node in self.semantics.fixed:
+            return plain
+        key = ("contiguous", plain)
+        if key not in self.memo:
+            self.memo[key] = self.call(aten.contiguous.default, plain)
+            self.memo[key].meta["val"] = value
+        return self.memo[key]
 
     def coded(self, node: Node, encoding: Encoding) -> Coded:
         """Codes of a node; those of constants and graph inputs are brought into storage."""
@@ -175,7 +188,9 @@ class Emitter(QuantizerEmission):
     def _levels(self, coded: Coded, levels: Levels, ndim: int, dtype: torch.dtype) -> Node:
         if isinstance(levels.encoding, AffineEncoding):
             zero = levels.encoding.zero_point + coded.storage.offset
-            wide = self.arithmetic(aten.to.dtype, coded.node, dtype)
+            wide = coded.node
+            if coded.storage.dtype is not dtype:  # else `to` would hand out the codes themselves
+                wide = self.arithmetic(aten.to.dtype, wide, dtype)
             if levels.axis is None:
                 number = int(zero)
                 return self.arithmetic(aten.sub.Tensor, wide, number) if number else wide

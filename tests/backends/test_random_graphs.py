@@ -27,14 +27,14 @@ def check(seed: int) -> parity.ParityReport:
     return report
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [*range(6), 15, 38])  # the last two once failed
 def test_random_networks_agree_code_for_code(seed):
     check(seed)
 
 
 @pytest.mark.slow
 def test_two_hundred_random_networks_agree_and_a_fifth_of_their_layers_saturate():
-    reports = [check(seed) for seed in range(8, 208)]
+    reports = [check(seed) for seed in range(6, 206)]
     rows = [row for report in reports for row in report.rows]
     assert sum(row.saturated > 0.001 for row in rows) >= 0.2 * len(rows)
 
