@@ -290,7 +290,7 @@ def _descend(
         loss = terms.total(parts)
         loss = loss + _pull(shares, tuning, step)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward(inputs=learned)  # type: ignore[no-untyped-call]
+        loss.backward(inputs=learned)
         optimizer.step()
         if tuning.method == "ste":
             for rounding in student.unique():

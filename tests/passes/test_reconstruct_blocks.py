@@ -321,3 +321,16 @@ def test_wrong_options_are_refused(options):
     with pytest.raises(ConfigError) as caught:
         ReconstructBlocks(**options)
     assert isinstance(caught.value, QGraphError)
+
+
+@pytest.mark.parametrize("name", ["vit_int4", "vit_int3_recon", "int4_recon", "sam_w4a8_recon"])
+def test_pipelines_reconstruct_once_right_behind_the_quantizers(name):
+    names = [item.name for item in pipeline(name, steps=7)]
+    assert names.count("reconstruct-blocks") == 1
+    assert names.index("reconstruct-blocks") == names.index("insert-quantizers") + 1
+
+
+def test_each_method_has_its_learning_rate_unless_one_is_given():
+    assert ReconstructBlocks().tuning().lr == 0.1
+    assert ReconstructBlocks(rounding="ste").tuning().lr == 0.01
+    assert ReconstructBlocks(lr=0.5).tuning().lr == 0.5
