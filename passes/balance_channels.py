@@ -29,7 +29,7 @@ from qgraph.graph.scale_channels import (
     scale_source,
 )
 from qgraph.passes.reorder_channels import decibels, matched
-from qgraph.passes.use_dual_regions import affine_encoding, row_weights
+from qgraph.passes.use_dual_regions import affine_encoding, relative_power, row_request, row_weights
 from qgraph.pipeline import Fact, Pass, Promise
 
 LINEARS = (OpKind.LINEAR.value,)
@@ -59,13 +59,13 @@ class BalanceChannels(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({Fact.PLANNED, Fact.STATISTICS})
 
     min_gain_db: float = 0.5
-    rows: int = 64
+    rows: int = 128
     skip: tuple[str, ...] = ()
 
     def statistics(self, module: GraphModule, context: Context) -> Iterable[Request]:  # noqa: D102
-        for value, _ in matched(module, context, LINEARS):
+        for (value, _), sites in matched(module, context, LINEARS).items():
             yield Request(value, "ChannelRange", (("axis", -1),))
-            yield Request(value, "Reservoir", (("axis", -1), ("rows", self.rows)))
+            yield row_request(value, sites, self.rows)
 
     def run(self, module: GraphModule, context: Context) -> bool:  # noqa: D102
         changed = False
@@ -80,9 +80,12 @@ class BalanceChannels(Pass):
         self, module: GraphModule, context: Context, value: Node, sites: list[Site], bits: int
     ) -> bool:
         seen = context.statistics[value]
-        rows, ranges = seen.get(Reservoir, axis=-1).sampled(), seen.get(ChannelRange, axis=-1)
+        rows, ranges = (
+            seen.get(Reservoir, axis=-1, rows=self.rows).sampled(),
+            seen.get(ChannelRange, axis=-1),
+        )
         weights = [(_weight(module, site), _weight_bits(context, site)) for site in sites]
-        trial = _Trial(rows, weights, ranges, bits)
+        trial = _Trial(rows, weights, ranges, bits, relative_power(sites))
         plain = trial.error(torch.ones(rows.shape[1]))
         factors = list(exponents(ranges, torch.cat([w for w, _ in weights])))
         errors = [trial.error(factor) for factor in factors]
@@ -128,7 +131,12 @@ class _Trial:
     """The error of a layer's output when data and weights are both quantized."""
 
     def __init__(
-        self, rows: Tensor, weights: list[tuple[Tensor, int]], ranges: ChannelRange, bits: int
+        self,
+        rows: Tensor,
+        weights: list[tuple[Tensor, int]],
+        ranges: ChannelRange,
+        bits: int,
+        power: float,
     ) -> None:
         assert ranges.low is not None
         assert ranges.high is not None
@@ -137,14 +145,15 @@ class _Trial:
         self.low, self.high = ranges.low, ranges.high
         self.outputs = [rows @ weight.T for weight, _ in weights]
         energy = torch.stack([o.square().sum(1) for o in self.outputs]).sum(0)
-        self.importance = row_weights(energy).unsqueeze(1)
+        self.importance = row_weights(energy, power).unsqueeze(1)
+        self.power = power
 
     def encoding(self, factor: Tensor) -> AffineEncoding:
         """The affine encoding of ``x / factor`` with an output-aware range."""
         low, high = float((self.low / factor).min()), float((self.high / factor).max())
         stacked = sketch(torch.cat([w for w, _ in self.weights]), 64) * factor
         found = choose_range_for_output(
-            self.rows / factor, stacked, low=low, high=high, bits=self.bits
+            self.rows / factor, stacked, low=low, high=high, bits=self.bits, relative=self.power
         )
         return affine_encoding(*found, self.bits)
 

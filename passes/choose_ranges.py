@@ -27,6 +27,7 @@ from qgraph.graph.build import attribute
 from qgraph.graph.ops import OpKind, argument, product
 from qgraph.graph.plan import Site
 from qgraph.graph.requests import Request
+from qgraph.graph.seen_through import is_normalised_after
 from qgraph.pipeline import Fact, Pass, Promise
 
 METHODS = ("output", "mse", "minmax", "percentile", "entropy")
@@ -96,7 +97,11 @@ class ChooseRanges(Pass):
         if weight is not None:
             rows = seen.get(Reservoir, rows=self.rows).sampled()
             low, high = extrema.bounds()
-            found = choose_range_for_output(rows, weight, low=low, high=high, bits=bits)
+            # a norm divides by the size of its row; what lives on unnormalised counts as it is
+            power = 1.5 if all(is_normalised_after(site.edge.consumer) for site in sites) else 0.0
+            found = choose_range_for_output(
+                rows, weight, low=low, high=high, bits=bits, relative=power
+            )
             return (*found, "output-aware")
         method = "mse" if self.method == "output" else self.method
         source = seen.get(Histogram) if method != "minmax" else seen.find(Histogram)

@@ -32,11 +32,17 @@ from qgraph.graph.plan import Site
 from qgraph.graph.requests import Request
 from qgraph.graph.value_heads import apply_value_heads, find_value_heads
 from qgraph.passes.choose_ranges import output_weight
-from qgraph.passes.use_dual_regions import Score, affine_encoding, linear_score
+from qgraph.passes.use_dual_regions import (
+    Score,
+    affine_encoding,
+    linear_score,
+    relative_power,
+    row_request,
+)
 from qgraph.pipeline import Fact, Pass, Promise
 
 GROUPINGS = {"outliers": outlier_thresholds, "octaves": octave_thresholds}
-CLIPS = (1.3, 1.15, 1.0, 0.9, 0.8, 0.65, 0.5)  # factors on all ranges that are tried
+CLIPS = (1.3, 1.15, 1.0, 0.85, 0.7, 0.55, 0.42, 0.32, 0.24)  # factors on all ranges that are tried
 SMALL = 8  # tiles per layer below which tiles become smaller
 # A tighter clip must lower the error on sampled rows by so much: larger values than theirs come.
 TIGHTER = 0.93
@@ -87,7 +93,7 @@ class ReorderChannels(Pass):
     min_gain_db: float = 0.5
     enough_db: float = 40.0
     kinds: tuple[str, ...] = ("linear", "conv")
-    rows: int = 64
+    rows: int = 128
     skip: tuple[str, ...] = ()
     force: tuple[str, ...] = ()
 
@@ -99,7 +105,7 @@ class ReorderChannels(Pass):
         for (value, _), sites in matched(module, context, self.kinds).items():
             axis = channel_axis(sites)
             yield Request(value, "ChannelRange", (("axis", axis),))
-            yield Request(value, "Reservoir", (("axis", axis), ("rows", self.rows)))
+            yield row_request(value, sites, self.rows)
             if self.elements:
                 yield Request(value, "Histogram", (("bins_per_octave", 64), ("rate", 1)))
 
@@ -117,12 +123,15 @@ class ReorderChannels(Pass):
     ) -> bool:
         seen = context.statistics[value]
         axis, weight = channel_axis(sites), output_weight(module, sites)
-        rows = seen.get(Reservoir, axis=axis).sampled()
+        rows = seen.get(Reservoir, axis=axis, rows=self.rows).sampled()
         if weight is None or not rows.numel():
             context.record(self.name, value, "refused", "no sampled rows, or no stored weight")
             return False
-        score = linear_score(rows, weight)
-        rival = score(sites[0].encoding or _affine(seen.range().bounds(), rows, weight, bits))
+        power = relative_power(sites)
+        score = linear_score(rows, weight, power)
+        rival = score(
+            sites[0].encoding or _affine(seen.range().bounds(), rows, weight, bits, power)
+        )
         if self.elements:
             histogram = seen.get(Histogram, bins_per_octave=64, rate=1)
             grouped = element_groups(_thresholds(histogram), *seen.range().bounds(), bits)
@@ -254,9 +263,11 @@ def _transport(context: Context, values: Iterable[Node], order: Tensor, axis: in
             context.statistics[node] = permuted_statistics(seen, order, axis)
 
 
-def _affine(bounds: tuple[float, float], rows: Tensor, weight: Tensor, bits: int) -> AffineEncoding:
+def _affine(
+    bounds: tuple[float, float], rows: Tensor, weight: Tensor, bits: int, power: float
+) -> AffineEncoding:
     low, high = bounds
-    found = choose_range_for_output(rows, weight, low=low, high=high, bits=bits)
+    found = choose_range_for_output(rows, weight, low=low, high=high, bits=bits, relative=power)
     return affine_encoding(*found, bits)
 
 

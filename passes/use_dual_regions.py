@@ -37,13 +37,20 @@ from qgraph.graph.ignore import Ignore
 from qgraph.graph.ops import OpKind
 from qgraph.graph.plan import Site
 from qgraph.graph.requests import Request
-from qgraph.graph.seen_through import activation_behind, softmax_behind
+from qgraph.graph.seen_through import (
+    activation_behind,
+    is_normalised_after,
+    rectified_behind,
+    softmax_behind,
+)
 from qgraph.passes.choose_ranges import output_weight
 from qgraph.pipeline import Fact, Pass, Promise
 
 PRODUCTS = frozenset({OpKind.LINEAR, OpKind.CONV, OpKind.MATMUL})
 TOPS = 10  # clip candidates of a signed format, 2^(1/4) apart
 JOINT_CELLS = 1 << 18  # elements of V that the joint sample of one attention may hold
+
+SILENT = 1e-8  # rows whose output has less than this share of the largest energy count as zero
 
 Score = Callable[[Encoding], float]
 
@@ -53,13 +60,14 @@ class UseDualRegions(Pass):
     """Replace the affine format of post-softmax and post-GELU operands by a dual-region one.
 
     Matches operands of linears, convolutions and matrix products that come from a softmax (split
-    ``m`` searched, 1.0 stays representable) or from a GELU-like function (split and steps
-    searched; the sign picks the region), through any data movement. Splits are ranked by expected
-    error over the value's histogram, and the best few by the error that the consumer's output
-    sees on sampled rows. The affine format competes with a range searched by the same score.
+    ``m`` searched, 1.0 stays representable), from a GELU-like function (split and steps searched;
+    the sign picks the region) or from a ReLU, through any data movement. Splits are ranked by
+    expected error over the value's histogram, and the best few by the error that the consumer's
+    output sees on sampled rows. The affine format competes with a range searched by the same score.
 
     Attributes:
         min_gain_db: the format must lower that error by so much, else the site stays affine.
+        enough_db: where affine is this good already, it stays: plain products are faster.
         max_shift: largest split tried; default ``bits - 1``.
         rows: sampled rows behind the output-aware score.
         skip: globs of consumers that are left alone.
@@ -71,8 +79,9 @@ class UseDualRegions(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({Fact.PLANNED, Fact.STATISTICS})
 
     min_gain_db: float = 0.2
+    enough_db: float = 40.0
     max_shift: int | None = None
-    rows: int = 64
+    rows: int = 128
     skip: tuple[str, ...] = ()
     force: tuple[str, ...] = ()
 
@@ -82,8 +91,8 @@ class UseDualRegions(Pass):
             yield Request(value, "Histogram")
             if joint := joint_request(sites, self.rows):
                 yield joint
-            if activation_behind(value) and output_weight(module, sites) is not None:
-                yield Request(value, "Reservoir", (("axis", sites[0].axis), ("rows", self.rows)))
+            if not softmax_behind(value) and output_weight(module, sites) is not None:
+                yield row_request(value, sites, self.rows)
 
     def run(self, module: GraphModule, context: Context) -> bool:  # noqa: D102
         for (value, bits), sites in matched(context).items():
@@ -106,18 +115,21 @@ class UseDualRegions(Pass):
             context.record(self.name, value, "refused", f"not in [0, 1]: [{low:.4g}, {high:.4g}]")
             return
         shifts = range((bits - 1 if self.max_shift is None else self.max_shift) + 1)
-        candidates = (
-            [dual_region(bits, shift) for shift in shifts]
-            if softmax_behind(value)
-            else signed_candidates(bits, shifts, high)
-        )
+        if softmax_behind(value):
+            candidates = [dual_region(bits, shift) for shift in shifts]
+        elif activation_behind(value):
+            candidates = signed_candidates(bits, shifts, high)
+        else:
+            candidates = rectified_candidates(bits, shifts, high)
         expected = table_error(bins, candidates)
         score, affine = self._rivals(module, context, value, sites, bits)
         if score is None:
             best = candidates[int(expected.argmin())]
-            error = float(expected.min())
             grid = CodeRange(0, (1 << bits) - 1, symmetric=False)
-            other = float(expected_error(bins, grid, *(torch.tensor([v]).double() for v in affine)))
+            ends = (torch.tensor([end], dtype=torch.float64) for end in affine)
+            signal = float(bins.mass @ ((bins.left + bins.right) / 2).square())
+            error = float(expected.min()) / signal
+            other = float(expected_error(bins, grid, *ends)) / signal
         else:
             short = shortlist(candidates, expected)
             scored = [(score(each), at) for at, each in enumerate(short)]
@@ -138,8 +150,11 @@ class UseDualRegions(Pass):
             return attend, best_affine(attend, low, high, bits)
         weight = output_weight(module, sites)
         if weight is not None and (rows := seen.find(Reservoir)) is not None:
-            found = choose_range_for_output(rows.sampled(), weight, low=low, high=high, bits=bits)
-            return linear_score(rows.sampled(), weight), found
+            power = relative_power(sites)
+            found = choose_range_for_output(
+                rows.sampled(), weight, low=low, high=high, bits=bits, relative=power
+            )
+            return linear_score(rows.sampled(), weight, power), found
         return None, choose_range(seen.get(Histogram), seen.range(), bits=bits)
 
     def _conclude(
@@ -157,6 +172,10 @@ class UseDualRegions(Pass):
             why = f"affine is as good: {gain:+.2f} dB, needed {self.min_gain_db:g}"
             context.record(self.name, value, "kept", why, **numbers)
             return
+        if other <= 10 ** (-self.enough_db / 10) and not forced:
+            why = f"affine keeps {-10 * math.log10(max(other, 1e-300)):.1f} dB: enough"
+            context.record(self.name, value, "kept", why, **numbers)
+            return
         reason = f"regions 2^{shift} apart, {gain:+.2f} dB against affine"
         for site in sites:
             site.decide(best, self.name, reason)
@@ -164,12 +183,12 @@ class UseDualRegions(Pass):
 
 
 def matched(context: Context) -> dict[tuple[Node, int], list[Site]]:
-    """Undecided operands of products that come from a softmax or a GELU-like function."""
+    """Undecided operands of products that come from a softmax, a GELU-like function or a ReLU."""
     found = {}
     for key, sites in context.plan.by_value(undecided_only=True).items():
         here = [site for site in sites if site.kind in PRODUCTS]
         attended = softmax_behind(key[0]) and any(site.kind is OpKind.MATMUL for site in here)
-        if here and (attended or activation_behind(key[0])):
+        if here and (attended or activation_behind(key[0]) or rectified_behind(key[0])):
             found[key] = here
     return found
 
@@ -186,6 +205,12 @@ def signed_candidates(bits: int, shifts: Iterable[int], high: float) -> list[Lev
     ]
 
 
+def rectified_candidates(bits: int, shifts: Iterable[int], high: float) -> list[LevelEncoding]:
+    """Splits and clips of a value that is never negative; see `signed_candidates`."""
+    tops = max(high, 1e-6) * torch.exp2(-torch.arange(TOPS, dtype=torch.float64) / 4)
+    return [dual_region(bits, shift, high=top) for shift in shifts for top in tops.tolist()]
+
+
 def shortlist(candidates: list[LevelEncoding], expected: Tensor) -> list[LevelEncoding]:
     """Per clip the split of the smallest expected error.
 
@@ -198,6 +223,12 @@ def shortlist(candidates: list[LevelEncoding], expected: Tensor) -> list[LevelEn
         if top not in best or expected[at] < expected[best[top]]:
             best[top] = at
     return [candidates[at] for at in best.values()] if len(best) > 1 else candidates
+
+
+def row_request(value: Node, sites: Sequence[Site], rows: int) -> Request:
+    """Sampled rows of a value, asked for as `choose-ranges` does, so that they are kept once."""
+    axis = -1 if sites[0].axis is None else sites[0].axis
+    return Request(value, "Reservoir", (("axis", axis), ("rows", rows), ("per_sample", 16)))
 
 
 def joint_request(sites: Sequence[Site], rows: int) -> Request | None:
@@ -221,20 +252,26 @@ def joint_request(sites: Sequence[Site], rows: int) -> Request | None:
 
 
 def attention_score(rows: Tensor, values: Tensor) -> Score:
-    """``|(q(A) - A) V|^2`` over sampled rows A [n, S] with their V [n, S, D]."""
-    return lambda encoding: float(
-        torch.bmm((encoding.fake(rows) - rows).unsqueeze(1), values).square().sum()
+    """``|(q(A) - A) V|^2 / |A V|^2`` over sampled rows A [n, S] with their V [n, S, D]."""
+    signal = float(torch.bmm(rows.unsqueeze(1), values).square().sum()) or 1.0
+    return lambda encoding: (
+        float(torch.bmm((encoding.fake(rows) - rows).unsqueeze(1), values).square().sum()) / signal
     )
 
 
-def linear_score(rows: Tensor, weight: Tensor) -> Score:
+def relative_power(sites: Sequence[Site]) -> float:
+    """How much a row's own output weighs down its errors: 1.5 before a norm, else not at all."""
+    return 1.5 if all(is_normalised_after(site.edge.consumer) for site in sites) else 0.0
+
+
+def linear_score(rows: Tensor, weight: Tensor, power: float) -> Score:
     """``|(q(x) - x) W^T|^2 / |x W^T|^2`` over sampled rows [n, C], rows weighted by `row_weights`.
 
     Outputs are projected to 64 random directions.
     """
     factor = sketch(weight, 64)
     energy = (rows @ factor.T).square().sum(1)
-    importance = row_weights(energy)
+    importance = row_weights(energy, power)
     signal = float(energy @ importance) or 1.0
 
     def score(encoding: Encoding) -> float:
@@ -244,14 +281,15 @@ def linear_score(rows: Tensor, weight: Tensor) -> Score:
     return score
 
 
-def row_weights(energy: Tensor) -> Tensor:
+def row_weights(energy: Tensor, power: float) -> Tensor:
     """Weight of each row's squared error, [n], falling with the energy of the row's own output.
 
-    What follows a layer mostly divides by the size of its output, so errors count about relative
-    to their row; without this a few massive rows decide alone.
+    A norm behind a layer divides by the size of its output, so errors count about relative to
+    their row there; without this a few massive rows decide alone. Power 0 weighs all rows alike.
     """
-    middle = torch.maximum(energy.median(), energy.mean() * 1e-3).clamp(min=1e-30)
-    weights: Tensor = (middle / (energy + middle)) ** 1.5
+    loud = energy[energy > energy.amax() * SILENT]
+    middle = (loud.median() if loud.numel() else energy.amax()).clamp(min=1e-30)
+    weights: Tensor = (middle / (energy + middle)) ** power
     return weights
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Node
 
-from qgraph.graph.ops import MOVES, SPLITS, argument, is_float
+from qgraph.graph.ops import MOVES, SPLITS, OpKind, argument, is_float, kind
 
 aten = torch.ops.aten
 
@@ -24,6 +24,7 @@ FLOORED = frozenset({
     aten.gelu.default, aten.silu.default, aten.hardswish.default, aten.mish.default,
     aten.elu.default,
 })  # fmt: skip
+RECTIFIED = frozenset({aten.relu.default, aten.relu6.default})
 _CASTS = frozenset({aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout})
 _PADS = frozenset({aten.constant_pad_nd.default, aten.pad.default})
 _FILLS = frozenset({aten.masked_fill.Scalar})
@@ -88,6 +89,14 @@ def activation_behind(node: Node) -> Node | None:
     return None
 
 
+def rectified_behind(node: Node) -> Node | None:
+    """The ReLU whose values `node` moves (max pooling is movement), or None."""
+    source = producer(node)
+    while kind(source) is OpKind.MAX_POOL and isinstance(source.args[0], Node):
+        source = producer(source.args[0])
+    return source if source.target in RECTIFIED else None
+
+
 def _is_swish(node: Node) -> bool:
     """``x * sigmoid(x)`` or ``x * sigmoid(k * x)``, in either order."""
     first, second = node.args[:2]
@@ -102,3 +111,25 @@ def _is_swish(node: Node) -> bool:
             other = inner.args[1] if inner.args[0] is x else inner.args[0]
             return not isinstance(other, Node) or other.op == "get_attr"
     return False
+
+
+def is_normalised_after(node: Node) -> bool:
+    """Whether all that reads the value, movement and sums aside, are norms over its channels.
+
+    So it is behind the sums of post-norm transformers, where an error counts relative to the size
+    of its row. In a pre-norm stream, or a decoder, the value itself lives on: it counts as it is.
+    """
+    pending, seen = list(node.users), set()
+    found = False
+    while pending:
+        user = pending.pop()
+        if user in seen:
+            continue
+        seen.add(user)
+        if kind(user) is OpKind.NORM:
+            found = True
+        elif kind(user) is OpKind.ADD or moved_source(user) is not None:
+            pending.extend(user.users)
+        else:
+            return False
+    return found

@@ -15,10 +15,21 @@ from torch import Tensor, nn
 
 from qgraph.formats import LevelEncoding
 from qgraph.formats.dual_region import NON_NEGATIVE, SIGNED, shift_of
-from qgraph.graph.seen_through import activation_behind, producer, softmax_behind
+from qgraph.graph.seen_through import (
+    activation_behind,
+    is_normalised_after,
+    producer,
+    rectified_behind,
+    softmax_behind,
+)
 from qgraph.graph.trace import trace
 from qgraph.passes import UseDualRegions
-from qgraph.passes.use_dual_regions import affine_encoding, attention_score, best_affine
+from qgraph.passes.use_dual_regions import (
+    affine_encoding,
+    attention_score,
+    best_affine,
+    row_weights,
+)
 from qgraph.pipeline import Pass
 from tests.passes.deciding import Decided, decided, seeded
 
@@ -135,11 +146,54 @@ def test_a_glob_leaves_a_site_alone_and_another_forces_it():
     assert [outcome for outcome, _ in forced.lines("use-dual-regions")] == ["applied"]
 
 
-def test_a_graph_without_softmax_or_gelu_is_unchanged():
-    with_pass = decided_(Mlp(F.relu), UseDualRegions())
-    without = decided_(Mlp(F.relu))
+def test_a_graph_without_softmax_gelu_or_relu_is_unchanged():
+    with_pass = decided_(Mlp(torch.tanh), UseDualRegions())
+    without = decided_(Mlp(torch.tanh))
     assert with_pass.formats() == without.formats()
     assert with_pass.context.decisions == without.context.decisions
+
+
+def test_a_relu_with_a_long_tail_gets_regions_of_positive_values_even_behind_pooling():
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv1d(12, 8, 1), nn.Conv1d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.second(F.max_pool1d(F.relu(self.first(x)), 2))
+            return out
+
+    generator = torch.Generator().manual_seed(0)
+    data = [torch.randn(4, 12, 16, generator=generator) ** 5 for _ in range(4)]
+    found = decided(Pooled(), UseDualRegions(), name="int4", data=data)
+    site = next(s for s in found.context.plan.activations() if s.edge.consumer.name == "conv1d_1")
+    assert rectified_behind(site.value) is not None
+    forced = decided(Pooled(), UseDualRegions(force=("second",)), name="int4", data=data)
+    site = next(s for s in forced.context.plan.activations() if s.edge.consumer.name == "conv1d_1")
+    assert isinstance(site.encoding, LevelEncoding)
+    assert site.encoding.name == NON_NEGATIVE
+
+
+def test_errors_count_relative_to_rows_only_before_a_norm():
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.last = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.norm = nn.LayerNorm(16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x + self.inner(x))
+            return y + self.last(y)
+
+    module = trace(Both().eval(), torch.randn(3, 16))
+    inner, last = (n for n in module.graph.nodes if n.name.startswith("linear"))
+    assert is_normalised_after(inner)
+    assert not is_normalised_after(last)
+    energy = torch.tensor([0.0, 1.0, 1.0, 1.0, 1e6])
+    assert torch.equal(row_weights(energy, 0.0), torch.ones(5))
+    weights = row_weights(energy, 1.5)
+    assert weights[4] < 1e-4 * weights[1]
+    assert torch.isfinite(row_weights(torch.zeros(4), 1.5)).all()
 
 
 def test_a_decided_site_is_not_decided_again():
