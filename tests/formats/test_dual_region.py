@@ -165,7 +165,9 @@ def test_two_int8_products_and_a_shift_equal_one_wide_product_and_the_float_prod
     assert int(wide.abs().max()) < 1 << 31
     scale = encoding.scale.double()
     product = encoding.fake(rows).double() @ weight.double()
-    assert torch.allclose(product, wide.double() * scale, rtol=1e-5, atol=1e-9)
+    # decoding rounds each term once, to fp32; what cancels in the sum does not cancel in that
+    rounding = encoding.fake(rows).double() @ weight.double().abs() * 2.0**-23
+    assert bool(((product - wide.double() * scale).abs() <= rounding).all())
 
 
 @laws
