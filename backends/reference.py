@@ -18,6 +18,7 @@ from torch.fx.node import map_arg
 
 from qgraph.backends.arithmetic import OPEN, Clamp, combine_partials, materialize, requantize
 from qgraph.backends.calling import flat_inputs, structured_outputs
+from qgraph.backends.elementary import is_elementary
 from qgraph.backends.products import ProductForm, shifted_weight
 from qgraph.backends.semantics import Role, Semantics, analyze
 from qgraph.backends.tables import chain_table, lookup
@@ -97,8 +98,13 @@ class Reference(Interpreter):
                 return super().run_node(n)
 
     def fetch_args_kwargs_from_env(self, n: Node) -> Any:
-        """Arguments of a float op: everything in levels is materialised."""
-        return map_arg(n.args, self._value), map_arg(n.kwargs, self._value)
+        """Arguments of a float op: materialised, in the canonical layout."""
+        load = self._value if is_elementary(n.target) else self._arranged
+        return map_arg(n.args, load), map_arg(n.kwargs, load)
+
+    def _arranged(self, n: Node) -> Any:
+        value, layout = self._value(n), self.semantics.layout(n)
+        return value if layout is None else value.contiguous(memory_format=layout)
 
     def _call(self, n: Node, load: Callable[[Node], Any]) -> Any:
         return n.target(*map_arg(n.args, load), **map_arg(n.kwargs, load))  # type: ignore[operator]

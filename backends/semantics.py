@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qgraph.backends.arithmetic import Function
@@ -22,7 +23,16 @@ from qgraph.backends.products import BiasForm, ProductForm, operands, product_fo
 from qgraph.formats import AffineEncoding, Encoding
 from qgraph.graph.build import attribute
 from qgraph.graph.dialect import encoding_of, is_dequantize, is_quantize
-from qgraph.graph.ops import ELEMENTWISE, MOVES, SPLITS, argument, constants, product
+from qgraph.graph.ops import (
+    ELEMENTWISE,
+    MOVES,
+    SPLITS,
+    OpKind,
+    argument,
+    constants,
+    kind,
+    product,
+)
 
 aten = torch.ops.aten
 # Functions of at most this many codes become tables.
@@ -64,6 +74,7 @@ class Semantics:
         encodings: of quantize nodes.
         reasons: why a product or function stayed in float.
         fixed: nodes that depend on no input.
+        images: values that come from 2-D convolutions by ops that keep their axes.
     """
 
     module: GraphModule
@@ -76,7 +87,19 @@ class Semantics:
     encodings: dict[Node, Encoding] = field(default_factory=dict)
     reasons: dict[Node, str] = field(default_factory=dict)
     fixed: set[Node] = field(default_factory=set)
+    images: set[Node] = field(default_factory=set)
     _constants: dict[Node, Any] = field(default_factory=dict)
+
+    def layout(self, node: Node) -> torch.memory_format | None:
+        """The canonical layout of a value that a float op reads, None where it has no choice.
+
+        Images are channels last, as integer convolutions leave them; other values of four or more
+        axes are contiguous.
+        """
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 4:
+            return None
+        return torch.channels_last if node in self.images else torch.contiguous_format
 
     def constant(self, node: Node) -> Any:
         """Value of a node that depends on no input; codes, where it is in levels."""
@@ -106,7 +129,25 @@ def analyze(module: GraphModule) -> Semantics:
     with torch.no_grad():
         for node in nodes:
             found.roles[node] = _role(found, node)
+            if _is_image(found, node):
+                found.images.add(node)
     return found
+
+
+_KEEP_AXES = frozenset({
+    OpKind.ADD, OpKind.MUL, OpKind.CAT, OpKind.ELEMENTWISE, OpKind.MAX_POOL, OpKind.POOL,
+    OpKind.RESIZE,
+})  # fmt: skip
+
+
+def _is_image(found: Semantics, node: Node) -> bool:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or value.ndim != 4:
+        return False
+    if kind(node) in {OpKind.CONV, OpKind.CONV_TRANSPOSE}:
+        return True
+    keeps = kind(node) in _KEEP_AXES or is_quantize(node) or is_dequantize(node)
+    return keeps and any(item in found.images for item in node.all_input_nodes)
 
 
 def _role(found: Semantics, node: Node) -> Role:

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from qgraph.backends.elementary import is_elementary
 from qgraph.backends.integer.choice import choose
 from qgraph.backends.integer.emission import COPIED_META, VIEWS
-from qgraph.backends.integer.opaque import is_elementary, opaque
+from qgraph.backends.integer.opaque import opaque
 from qgraph.backends.integer.quantizing import QuantizerEmission
 from qgraph.backends.integer.reuse import reuse_buffers
 from qgraph.backends.integer.storage import Storage
@@ -96,15 +97,15 @@ class Emitter(QuantizerEmission):
         return emitted
 
     def _contiguous(self, node: Node) -> Any:
-        """An image as the reference has it: kernels of smooth functions round by memory layout."""
-        value, plain = node.meta.get("val"), self.plain(node)
-        image = isinstance(value, Tensor) and value.is_floating_point() and value.ndim in {4, 5}
-        if not image or not isinstance(plain, Node) or node in self.semantics.fixed:
+        """A value in the layout that the reference uses, too: see `Semantics.layout`."""
+        plain, layout = self.plain(node), self.semantics.layout(node)
+        if layout is None or not isinstance(plain, Node) or node in self.semantics.fixed:
             return plain
-        key = ("contiguous", plain)
+        key = ("contiguous", plain, layout)
         if key not in self.memo:
-            self.memo[key] = self.call(aten.contiguous.default, plain)
-            self.memo[key].meta["val"] = value
+            same = self.call(aten.contiguous.default, plain, memory_format=layout)
+            same.meta["val"] = node.meta.get("val")
+            self.memo[key] = same
         return self.memo[key]
 
     def coded(self, node: Node, encoding: Encoding) -> Coded:
