@@ -53,7 +53,8 @@ class Rounding:
     def share(self) -> Tensor:
         """h in [0, 1], differentiable; final choices are constants."""
         if self.method == "ste":
-            soft = _StraightThrough.apply(self.variable)
+            through: Any = _StraightThrough.apply
+            soft = through(self.variable)
         else:
             wide = torch.sigmoid(self.variable) * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW
             soft = wide.clamp(0.0, 1.0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,10 +58,12 @@ class Fake(nn.Module):
             keep = coins(x.shape, self.generator, self.drop)
         form = self.encoding
         if self.log_step is None or not isinstance(form, AffineEncoding):
-            return FakeFixed.apply(x, form, keep)  # type: ignore[no-any-return]
+            fixed: Any = FakeFixed.apply
+            return fixed(x, form, keep)  # type: ignore[no-any-return]
         limits = form.qmin, form.qmax
+        learned: Any = FakeAffine.apply
         zero = float(form.zero_point)
-        return FakeAffine.apply(x, self.log_step, form.scale, zero, limits, keep)  # type: ignore[no-any-return]
+        return learned(x, self.log_step, form.scale, zero, limits, keep)  # type: ignore[no-any-return]
 
     def learned(self) -> Tensor | None:
         """The step to deploy, fp32; None where it was not learned."""
