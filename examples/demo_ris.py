@@ -35,7 +35,7 @@ def ris_rows(out: Path, pipelines: tuple[str, ...] = ("int8", "ris_int4")) -> li
         file = quantized.to_onnx(out / f"{name}.onnx")
         parity = quantized.verify(inputs)
         for backend in ("reference", "integer", "onnx"):
-            runner = quantized.lower(backend)  # type: ignore[arg-type]
+            runner = quantized.lower(backend)
             shown = f"{file.size / MIB:.1f}" if backend == "onnx" else ""
             off = f"{parity.mismatches} of {parity.codes}" if backend == "integer" else ""
             ratio = latency(runner, inputs) / base

@@ -199,7 +199,7 @@ def test_a_dishonest_bool_is_refused(says, match):
 
 
 def test_a_node_without_metadata_is_refused():
-    with pytest.raises(PassError, match="forget-metadata: relu_default.* no metadata 'val'"):
+    with pytest.raises(PassError, match=r"forget-metadata: relu_default.* no metadata 'val'"):
         run(ForgetMetadata())
 
 

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from qgraph.calibration import FusedStatistics, collect
 from qgraph.calibration.loader import adapter
@@ -58,13 +60,13 @@ def decisions(context: Context, name: str) -> list[Decision]:
     return [d for d in context.decisions if d.by == name]
 
 
-def observe_again(module: GraphModule, seen: dict[object, FusedStatistics]) -> None:
+def observe_again(module: GraphModule, seen: Mapping[Node, FusedStatistics]) -> None:
     """Check that single-value statistics equal those of a new sweep over the rewritten graph."""
     wanted = {
-        node: [type(each)(**each.options()) for each in fused.statistics]  # type: ignore[arg-type]
+        node: [type(each)(**each.options()) for each in fused.statistics]
         for node, fused in seen.items()
     }
-    collect(module, batches(), wanted)  # type: ignore[arg-type]
+    collect(module, batches(), wanted)
     for node, fused in seen.items():
         for transported, again in zip(fused.statistics, wanted[node], strict=True):
             fields = again.fields()

@@ -39,6 +39,7 @@ def test_table_errors_are_those_of_the_chosen_encodings(
 ) -> None:
     a, v = rows(keys, sharpness, seed)
     for choice in best_by_family(a, v, bits).values():
+        assert isinstance(choice.encoding, AffineEncoding | LevelEncoding)
         assert error(choice.encoding, a, v) == pytest.approx(choice.error, rel=1e-3, abs=1e-12)
 
 
@@ -79,7 +80,7 @@ def test_each_site_gets_its_best_family(cls: type[torch.nn.Module]) -> None:
     assert len(found) == len(sites) >= 1
     for decision, site in zip(found, sites, strict=True):
         partner = site.edge.consumer.args[1]
-        a, v = context.statistics[site.value, partner].get(JointReservoir).sampled()  # type: ignore[index, arg-type]
+        a, v = context.statistics[site.value, partner].get(JointReservoir).sampled()  # type: ignore[index]
         errors = [value for name, value in decision.numbers.items() if name.startswith("error_")]
         assert len(errors) == 3
         assert isinstance(site.encoding, (AffineEncoding, LevelEncoding))
