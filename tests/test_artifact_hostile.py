@@ -199,7 +199,7 @@ FORGERIES = {
     "version": (lambda m, t: m.update(version=99), "version 1"),
     "no version": (lambda m, t: m.pop("version"), "version"),
     "no graph": (lambda m, t: m.pop("graph"), "graph"),
-    "report": (lambda m, t: m.update(report={"pipeline": 3}), "layers"),
+    "report": (lambda m, t: m.update(report={"pipeline": 3}), "malformed"),
     "sample": (lambda m, t: m.update(sample=[{"tensor": 99}]), "sample.99"),
     "no trace": (graph_key("trace", {}), "dynamic_batch"),
 }  # fmt: skip
