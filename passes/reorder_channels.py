@@ -43,6 +43,9 @@ from qgraph.pipeline import Fact, Pass, Promise
 
 GROUPINGS = {"outliers": outlier_thresholds, "octaves": octave_thresholds}
 CLIPS = (1.3, 1.15, 1.0, 0.85, 0.7, 0.55, 0.42, 0.32, 0.24)  # factors on all ranges that are tried
+# The more bits, the less a clip can gain and the more it can cost where larger values come.
+TIGHTEST = {8: 1.0, 7: 0.85, 6: 0.7, 5: 0.42}
+DOUBLINGS = 1.0  # how much more data than the calibration's the ranges are extrapolated to, log2
 SMALL = 8  # tiles per layer below which tiles become smaller
 # A tighter clip must lower the error on sampled rows by so much: larger values than theirs come.
 TIGHTER = 0.93
@@ -141,7 +144,8 @@ class ReorderChannels(Pass):
             why = f"{decibels(1.0, rival):.1f} dB are enough"
             context.record(self.name, value, "kept", why, bits=float(bits))
             return False
-        found = self._best(seen.get(ChannelRange, axis=axis), axis, bits, score)
+        low, high = likely_range(seen.get(ChannelRange, axis=axis), rows)
+        found = self._best(low, high, axis, bits, score)
         if found is None:
             context.record(self.name, value, "kept", "channel ranges form one group")
             return False
@@ -161,17 +165,14 @@ class ReorderChannels(Pass):
         return order is not None
 
     def _best(
-        self, ranges: ChannelRange, axis: int, bits: int, score: Score
+        self, low: Tensor, high: Tensor, axis: int, bits: int, score: Score
     ) -> tuple[Tensor, AffineEncoding, float] | None:
         """Groups and scales of the smallest score; None where there is only one group."""
-        assert ranges.low is not None
-        assert ranges.high is not None
-        low, high = ranges.low.clamp(max=0.0), ranges.high.clamp(min=0.0)
         size = high - low if self.zero_points else torch.maximum(high, -low)
         best: tuple[Tensor, AffineEncoding, float] | None = None
         for group in self._groupings(size):
             here: tuple[Tensor, AffineEncoding, float] | None = None
-            for clip in CLIPS:
+            for clip in (c for c in CLIPS if c >= TIGHTEST.get(min(bits, 8), 0.0)):
                 encoding = grouped_encoding(
                     low, high, group, bits, tied=self.tied, zero_points=self.zero_points,
                     clip=clip, axis=axis,
@@ -230,6 +231,26 @@ class ReorderChannels(Pass):
 
     def _forced(self, sites: list[Site]) -> bool:
         return any(Ignore.of(self.force).matches(site.edge.consumer) for site in sites)
+
+
+def likely_range(ranges: ChannelRange, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Channel ranges [C] extrapolated to `DOUBLINGS` times more data than was seen.
+
+    How fast a channel's range grows with data is read off its range in the sampled rows [n, C]
+    and in all data: hardly for bounded values, much for products of activations. Without this,
+    narrow channels of heavy-tailed values get scales that clip what comes later.
+    """
+    assert ranges.low is not None
+    assert ranges.high is not None
+    assert ranges.count is not None
+    low, high = ranges.low.clamp(max=0.0), ranges.high.clamp(min=0.0)
+    times = float(ranges.count) / max(1, rows.numel())
+    if times < 2:
+        return low, high
+    sampled = rows.amax(0).clamp(min=0.0) - rows.amin(0).clamp(max=0.0)
+    own = ((high - low) / sampled.clamp(min=1e-12)).clamp(1.0, 2.0**8).log2() / math.log2(times)
+    growth = torch.exp2(torch.maximum(own, own.mean()) * DOUBLINGS)
+    return low * growth, high * growth
 
 
 def channel_axis(sites: list[Site]) -> int:
