@@ -29,6 +29,7 @@ from qgraph.graph.tensors import get_attr_tensor
 from qgraph.graph.trace import trace
 from qgraph.graph.value_heads import find_value_heads
 from qgraph.passes import ReorderChannels, UseDualRegions
+from qgraph.passes.reorder_channels import likely_range
 from tests.passes.deciding import decided, seeded
 
 WIDE = torch.tensor([1.0] * 28 + [20.0, 30.0, 60.0, 90.0])[torch.randperm(32)]
@@ -394,3 +395,22 @@ def test_channels_of_a_convolution_are_grouped_and_their_order_folded():
     assert any("order folded into conv1d" in reason for reason in reasons)
     before, after = (outputs(m, found.batches) for m in (found.before, found.module))
     assert torch.allclose(before, after, rtol=1e-4, atol=1e-3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.sampled_from([1, 3]))
+def test_ranges_are_extrapolated_little_for_bounded_values_and_much_for_heavy_tails(seed, power):
+    generator = torch.Generator().manual_seed(seed)
+    data = torch.randn(4000, 16, generator=generator) ** power
+    seen = ChannelRange(-1)
+    seen.update(data)
+    low, high = likely_range(seen, data[:100])
+    fields = seen.fields()
+    assert (low <= fields["low"]).all()
+    assert (high >= fields["high"]).all()
+    growth = float((high / fields["high"]).median())
+    assert 1.0 <= growth <= (1.2 if power == 1 else 2.0)
+    assert growth >= (1.0 if power == 1 else 1.15)
+    same_low, same_high = likely_range(seen, data)
+    assert torch.equal(same_low, fields["low"])
+    assert torch.equal(same_high, fields["high"])
