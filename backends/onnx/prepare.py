@@ -17,13 +17,18 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from qgraph.backends.onnx import ops
+from qgraph.backends.onnx.by_channel import (
+    dequantize_by_channel,
+    fits_product,
+    may_keep_axis,
+    quantize_by_channel,
+)
 from qgraph.backends.onnx.levels import lower_level_nodes
 from qgraph.backends.onnx.placement import place
 from qgraph.errors import ExportError
 from qgraph.formats import AffineEncoding
 from qgraph.graph import dialect
 from qgraph.graph.build import attribute, insert_buffer, insert_call, prune, shallow_copy
-from qgraph.graph.edges import Edge
 
 aten = torch.ops.aten
 
@@ -130,6 +135,10 @@ def _lower_quantize(prepared: Prepared, node: Node) -> None:
         msg = f"{node.name}: blocked activations have no ONNX form; use a scale per channel"
         raise ExportError(msg)
     shift, dtype = _container(encoding, node)
+    if encoding.axis is not None and not may_keep_axis(node.args[0]):
+        node.replace_all_uses_with(quantize_by_channel(module, node, encoding, shift, dtype))
+        module.graph.erase_node(node)
+        return
     low, high = encoding.qmin + shift, encoding.qmax + shift
     limits = torch.iinfo(dtype)
 
@@ -155,25 +164,30 @@ def _lower_dequantize(prepared: Prepared, node: Node) -> None:
     module, encoding = prepared.module, _affine(prepared.module, node)
     source, scale = node.args[0], node.args[1]
     assert isinstance(source, Node)
-    zero: Node | None
-    if source.op == "get_attr":
-        source, zero = _stored_codes(module, node, source, encoding)
+    is_stored, zeros = source.op == "get_attr", None
+    if is_stored:
+        source, zeros = _stored_codes(module, node, source, encoding)
     else:
         shift, dtype = _container(encoding, node)
-        zero = insert_buffer(
-            module, f"{node.name}_zero", (encoding.zero_point + shift).to(dtype), before=node
-        )
-    new = insert_call(
-        module, ops.DEQUANTIZE, source, scale, zero, encoding.axis, encoding.block,
-        like=node, before=node,
-    )  # fmt: skip
+        zeros = (encoding.zero_point + shift).to(dtype)
+    if encoding.axis is not None and not (is_stored and fits_product(node, encoding)):
+        zeros = torch.zeros(()) if zeros is None else zeros
+        new = dequantize_by_channel(module, node, source, zeros, encoding)
+    else:
+        zero = None if zeros is None else insert_buffer(
+            module, f"{node.name}_zero", zeros, before=node
+        )  # fmt: skip
+        new = insert_call(
+            module, ops.DEQUANTIZE, source, scale, zero, encoding.axis, encoding.block,
+            like=node, before=node,
+        )  # fmt: skip
     node.replace_all_uses_with(new)
     module.graph.erase_node(node)
 
 
 def _stored_codes(
     module: GraphModule, node: Node, source: Node, encoding: AffineEncoding
-) -> tuple[Node, Node | None]:
+) -> tuple[Node, Tensor | None]:
     """Codes and zero points of a stored tensor, in int8 where they fit, else int16 or int32."""
     codes = attribute(module, str(source.target))
     if encoding.qmin < -(2**15) or encoding.qmax >= 2**16:
@@ -188,8 +202,7 @@ def _stored_codes(
     if shift or codes.dtype != dtype:
         moved = (codes.to(torch.int32) + shift).to(dtype)
         source = insert_buffer(module, f"{source.target}_stored", moved, before=node)
-    zero = (encoding.zero_point + shift).to(dtype)
-    return source, insert_buffer(module, f"{node.name}_zero", zero, before=node)
+    return source, (encoding.zero_point + shift).to(dtype)
 
 
 def _lower_embedding(prepared: Prepared, node: Node, container: str) -> None:
@@ -261,8 +274,8 @@ def _lower_linear(prepared: Prepared, node: Node, flattened: dict[Node, Node]) -
         return
     assert isinstance(data, Node)
     assert isinstance(weight, Node)
-    if data.args[3] is not None or weight.args[3] not in {None, 0} or weight.args[4] is not None:
-        return  # a scale per input channel: no integer product has that
+    if data.args[3] is not None or weight.args[4] is not None:
+        return
     flat = flattened.get(data) or flattened.setdefault(data, _flat(module, data, node))
     fused = bias if _decoded(bias) else None
     product = insert_call(module, ops.GEMM, flat, weight, fused, like=node, before=node)
@@ -308,15 +321,7 @@ def _unflat(module: GraphModule, flat: Node, node: Node, before: Node) -> Node:
 
 def _quantize_flat(module: GraphModule, user: Node, product: Node, node: Node) -> None:
     """Quantize the two-dimensional product and give its codes the shape back."""
-    place: Any = user.args[5]
-    ndim: int = node.meta["val"].ndim
-    if place is not None and place % ndim != ndim - 1:
-        Edge(user, (0,)).redirect(_unflat(module, product, node, user))
-        return
-    axis = None if place is None else 1
-    codes = insert_call(
-        module, ops.QUANTIZE, product, *user.args[1:5], axis, like=user, before=user
-    )
+    codes = insert_call(module, ops.QUANTIZE, product, *user.args[1:], like=user, before=user)
     user.replace_all_uses_with(_unflat(module, codes, node, user))
     module.graph.erase_node(user)
 

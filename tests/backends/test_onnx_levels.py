@@ -24,6 +24,8 @@ from qgraph.graph.build import insert_call
 from qgraph.graph.dialect import DEQUANTIZE, DEQUANTIZE_LEVELS, QUANTIZE, QUANTIZE_LEVELS
 from qgraph.graph.trace import trace
 from qgraph.passes.insert_quantizers import parameter_nodes
+from tests.backends.builders import quantize
+from tests.backends.test_formats_in_products import free_bytes
 from tests.backends.test_onnx_export import codes_of
 
 
@@ -173,6 +175,45 @@ def test_dual_regions_are_two_runs_and_logarithms_are_none() -> None:
     assert runs.steps == (1.0, 8.0)
     assert threshold_runs(power_of_two(torch.tensor(1.0)).thresholds) is None
     assert level_runs(torch.tensor([-3, -2, -1, 0, 4, 8])) == Runs((-3.0,), (1.0, 4.0), (3, 2))
+
+
+class Between(nn.Module):
+    """Integer kernels whose quantized result is read with a scale per channel."""
+
+    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.make = make
+        self.linear = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(self.make(x))
+        return y
+
+
+PRODUCERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "matmul": lambda x: x @ x.transpose(1, 2)[..., :6],
+    "add": lambda x: x + x.flip(0),
+    "softmax": lambda x: torch.softmax(x, -1),
+    "sigmoid": torch.sigmoid,
+    "cat": lambda x: torch.cat([x[:, :3], x[:, 3:]], 1),
+    "norm": lambda x: torch.nn.functional.layer_norm(x, (6,)),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCERS)
+def test_scales_per_channel_survive_behind_every_integer_kernel(name: str, tmp_path: Path) -> None:
+    """With an axis on QuantizeLinear, onnxruntime fails on these, or rounds to wrong codes."""
+    torch.manual_seed(3)
+    x = torch.randn(3, 7, 6)
+    module = quantize(Between(PRODUCERS[name]), (x,), free_bytes)
+    export(module, tmp_path / "m.onnx")
+    session = Session(tmp_path / "m.onnx", threads=1)
+    expected, got = codes_of(module, [x]), session.codes(x)
+    assert expected.keys() == got.keys()
+    for key, codes in expected.items():
+        assert np.abs(codes - got[key]).max() <= 1
+        assert (codes != got[key]).mean() <= 0.02, key
+    torch.testing.assert_close(session(x), module(x), atol=2e-2, rtol=1e-2)
 
 
 class Table(nn.Module):
