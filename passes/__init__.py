@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transformations, one file each, named after what it does."""
 
+from qgraph.passes.assign_bits import AssignBits
 from qgraph.passes.balance_channels import BalanceChannels
 from qgraph.passes.calibrate import Calibrate
 from qgraph.passes.center_keys import CenterKeys
@@ -31,6 +32,7 @@ ALL: tuple[type[Pass], ...] = (
     PlanSites,
     RaisePrecision,
     Calibrate,
+    AssignBits,
     CenterKeys,
     FoldKeySigns,
     SearchSoftmaxBase,
@@ -48,6 +50,7 @@ ALL: tuple[type[Pass], ...] = (
 
 __all__ = [
     "ALL",
+    "AssignBits",
     "BalanceChannels",
     "Calibrate",
     "CenterKeys",

@@ -12,14 +12,16 @@ from torch.fx import GraphModule, Node
 from qgraph.context import Context
 from qgraph.errors import ConfigError, unknown_name
 from qgraph.formats import check_bits
-from qgraph.graph.edges import Edge
+from qgraph.graph.bit_units import CARRIERS
+from qgraph.graph.edges import Edge, in_edges
 from qgraph.graph.ops import OpKind, constants, is_float, kind, product
 from qgraph.graph.plan import Plan, Role, Site
 from qgraph.pipeline import Fact, Pass, Promise
 
 LINEAR_SCOPE = ("linear", "conv", "conv_transpose")
 FULL_SCOPE = (*LINEAR_SCOPE, "matmul", "add", "embedding")
-_SCOPES = {"linear": LINEAR_SCOPE, "full": FULL_SCOPE}
+STORED_SCOPE = (*FULL_SCOPE, "cat", "max_pool", "resize")
+_SCOPES = {"linear": LINEAR_SCOPE, "full": FULL_SCOPE, "stored": STORED_SCOPE}
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class PlanSites(Pass):
         weight_bits, activation_bits: widths.
         ends_bits: at least this many bits for the first and the last products of the graph.
         scope: ``"full"``, ``"linear"`` (weights and inputs of linears and convolutions only),
-            or a tuple of op kinds.
+            ``"stored"`` (full, and the inputs of concatenation, max pooling and interpolation, so
+            that skips are stored as codes), or a tuple of op kinds.
 
     Raises:
         ConfigError: bits outside 2..16, or an unknown op kind.
@@ -93,6 +96,10 @@ class PlanSites(Pass):
             return (
                 [_weight(node, 0, item, max(weight_bits, 8), axis=-1)] if _stored(node, 0) else []
             )
+        if item in CARRIERS:
+            edges = [e for e in in_edges(node) if e.source not in fixed and is_float(e.source)]
+            bits = self.activation_bits
+            return [Site(edge=e, role=Role.ACTIVATION, kind=item, bits=bits) for e in edges]
         if what is None:
             return self._add_sites(node, fixed, item)
         sites = [_activation(node, what.data, item, activation_bits, what.data_axis)]

@@ -59,6 +59,7 @@ class Context:
         row_masks: optional callable (args, kwargs) -> bool mask [B, T] of rows that count.
         loss: task loss or teacher-student objective for passes that take one.
         seed: of every random choice.
+        latency: (product, bits) -> predicted milliseconds, for budgets in milliseconds.
     """
 
     sample: Sample
@@ -79,6 +80,7 @@ class Context:
     progress: Progress | None = None
     cache_dir: Path | None = None
     max_memory: int | None = None
+    latency: Callable[[Node, int], float] | None = None
 
     def progress_step(self, what: str, done: int, total: int) -> None:
         """Tell the caller how far things are."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from qgraph import passes, plugins
 from qgraph.errors import ConfigError, unknown_name
@@ -120,6 +121,61 @@ def _vit(weight_bits: int, activation_bits: int) -> tuple[Pass, ...]:
     )
 
 
+def _sirst(weight_bits: int, activation_bits: int) -> tuple[Pass, ...]:
+    """Encoder-decoder segmentation of tiny targets: what is rare decides, so errors are weighed.
+
+    A target covers a thousandth of the pixels; ranges that suit the average pixel clip it away.
+    Clips minimise Fisher-weighted errors, and everything that is stored is stored as codes.
+    """
+    assign = passes.AssignBits(
+        mode="uniform", weight_choices=(weight_bits,), activation_choices=(activation_bits,),
+        output="sigmoid",
+    )  # fmt: skip
+    return (
+        *front(),
+        passes.PlanSites(weight_bits=weight_bits, activation_bits=activation_bits, scope="stored"),
+        passes.Calibrate(),
+        assign,
+        passes.ChooseRanges(method="minmax", add_sqnr=-math.inf),
+        passes.ChooseWeightScales(),
+        *back(),
+    )
+
+
+def sirst_mixed() -> Pipeline:
+    """Symmetric progressive mixed precision (Li et al., TGRS 2024) within the paper's ratios.
+
+    2.42 weight bits (mean over parameters), activations 1/4.6, bit operations 1/29 of float.
+    """
+    assign = passes.AssignBits(
+        budget={"size": 2.42 / 32, "bops": 1 / 29, "activations": 1 / 4.6}, mode="spmix",
+        output="sigmoid",
+    )  # fmt: skip
+    return Pipeline("sirst_mixed", _sirst(2, 3)).replace("assign-bits", assign)
+
+
+def budgeted(built: Pipeline, budget: Mapping[str, float]) -> Pipeline:
+    """A copy that assigns bits within a budget, behind calibration; see `AssignBits`.
+
+    Raises:
+        ConfigError: an unknown resource, or a pipeline that never calibrates.
+    """
+    if any(item.name == passes.AssignBits.name for item in built):
+        old = built[passes.AssignBits.name]
+        assert isinstance(old, passes.AssignBits)
+        fresh = passes.AssignBits()
+        mode = "spmix" if old.mode == "uniform" else old.mode
+        return built.replace(
+            old.name,
+            dataclasses.replace(
+                old, budget=dict(budget), mode=mode, weight_choices=fresh.weight_choices,
+                activation_choices=fresh.activation_choices,
+            ),
+        )  # fmt: skip
+    assign = passes.AssignBits(budget=dict(budget), choose_clips=False)
+    return built.insert_after(passes.Calibrate.name, assign)
+
+
 def reconstructed(built: Pipeline) -> Pipeline:
     """A copy that learns rounding and steps region by region, once quantizers are in place."""
     if any(item.name == passes.ReconstructBlocks.name for item in built):
@@ -139,6 +195,7 @@ FAMILIES: dict[str, Family] = {
             _vit,
             ("int6", "int4", "int3", "w4a8"),
         ),
+        Family("sirst", "tiny targets: ranges by Fisher-weighted errors, skips as codes", _sirst),
     )
 }
 
@@ -159,14 +216,20 @@ def pipelines() -> dict[str, str]:
             listed[f"{prefix}{width}"] = family.purpose
         if family.name != "vit":
             listed[f"{prefix}int4_recon"] = f"{family.purpose}; rounding learned by blocks"
+    for name in ("sirst_mixed", "sirst_mixed_recon"):
+        listed[name] = "encoder-decoders in mixed precision: bits by resolution level, budgeted"
     return listed
 
 
-def pipeline(name: str, **options: object) -> Pipeline:
+def pipeline(
+    name: str, budget: Mapping[str, float] | None = None, **options: object
+) -> Pipeline:  # fmt: skip
     """A pipeline by name, its options set.
 
     Args:
-        name: ``int8``, ``w4a8``, ``ris_int4``, ...
+        name: ``int8``, ``w4a8``, ``ris_int4``, ``sirst_mixed``, ...
+        budget: limits for mixed precision, such as ``{"size": 0.14, "bops": 0.05}`` (shares of the
+            float network); adds `AssignBits` behind calibration, or sets its budget.
         **options: fields of its passes, such as ``scope="linear"``; an option that several
             passes have is set in all of them.
 
@@ -176,19 +239,27 @@ def pipeline(name: str, **options: object) -> Pipeline:
     >>> print(pipeline("int8", scope="linear")["plan-sites"])
     plan-sites(scope='linear')
     """
+    built = _named(name)
+    if budget is not None:
+        built = budgeted(built, budget)
+    return with_options(built, options) if options else built
+
+
+def _named(name: str) -> Pipeline:
+    if name in {"sirst_mixed", "sirst_mixed_recon"}:
+        built = dataclasses.replace(sirst_mixed(), name=name)
+        return reconstructed(built) if name.endswith("_recon") else built
     match = _NAME.fullmatch(name)
     family = FAMILIES.get(match["family"] or "") if match else None
     if match is None or family is None:
         offered = plugins.find_pipeline(name)
         if offered is None:
             raise unknown_name("pipeline", name, [*pipelines(), *plugins.names(plugins.PIPELINES)])
-        return with_options(offered, options) if options else offered
+        return offered
     weight_bits = check_bits(int(match["both"] or match["w"]))
     activation_bits = check_bits(int(match["both"] or match["a"]))
     built = Pipeline(name, family.build(weight_bits, activation_bits))
-    if match["recon"]:
-        built = reconstructed(built)
-    return with_options(built, options)
+    return reconstructed(built) if match["recon"] else built
 
 
 def with_options(built: Pipeline, options: dict[str, object]) -> Pipeline:

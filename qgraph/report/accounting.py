@@ -8,9 +8,12 @@ come in as plain data, read from the rewritten graph, never from a solver.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
+from typing import Any
+
+from qgraph.errors import unknown_name
 
 FLOAT_BITS = 32
 
@@ -84,6 +87,7 @@ class Cost:
         activation_bytes, activation_ratio: sum over stored tensors.
         peak_bytes, peak_ratio, peak_step: most bytes alive at one step, skips included.
         disk_bytes: size of the written file, or None.
+        macs, float_macs: multiply-accumulates, and those of products in float.
     """
 
     mean_weight_bits: float
@@ -102,10 +106,37 @@ class Cost:
     peak_ratio: float
     peak_step: int
     disk_bytes: int | None = None
+    macs: int = 0
+    float_macs: int = 0
+
+    def compute_ratio(self, convention: Convention | str) -> float:
+        """Float / quantized compute as a paper counts it; see `Convention`.
+
+        Raises:
+            ConfigError: an unknown convention.
+        """
+        if convention not in set(Convention):
+            what = "convention"
+            raise unknown_name(what, str(convention), [c.value for c in Convention])
+        if convention == Convention.BOPS or not self.macs:
+            return self.bit_operations_ratio
+        unit = 1 if convention == Convention.WORDS_64 else 2
+        quantized = self.bit_operations - FLOAT_BITS**2 * self.float_macs
+        return _ratio(unit * self.macs, unit * self.float_macs + quantized / 64)
 
     def to_json(self) -> dict[str, object]:
         """Return plain JSON values."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Cost:
+        """Read what `to_json` gave; counts that older versions did not write are 0.
+
+        Raises:
+            KeyError: the data is something else.
+        """
+        late = {"macs": 0, "float_macs": 0}
+        return cls(**{f.name: ({**late, **data})[f.name] for f in fields(cls)})
 
     def __str__(self) -> str:
         lines = [
@@ -123,6 +154,8 @@ class Cost:
             (
                 f"compute      {self.mean_bit_product:.2f} bits x bits (mean over MACs),"
                 f" {self.bit_operations:,} bit operations, 1/{self.bit_operations_ratio:.2f}"
+                f" (1/{self.compute_ratio(Convention.WORDS_64):.2f} by w*a/64,"
+                f" 1/{self.compute_ratio(Convention.WORDS_128):.2f} by w*a/128)"
             ),
         ]
         if self.disk_bytes is not None:
@@ -161,6 +194,8 @@ def account(
         peak_ratio=_ratio(float_peak, peak),
         peak_step=step,
         disk_bytes=disk_bytes,
+        macs=macs,
+        float_macs=sum(op.macs for op in ops if op.is_float),
     )
 
 

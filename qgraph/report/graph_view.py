@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qgraph.graph.dialect import encoding_of, is_dequantize, is_quantize
+from qgraph.graph.edges import Edge
 from qgraph.graph.ops import OpKind, constants, kind
 from qgraph.graph.product_sizes import product_sizes
 from qgraph.graph.provenance import module_path
+from qgraph.graph.storage import stored_tensors
 from qgraph.report.accounting import FLOAT_BITS, Cost, OpUse, TensorUse, account
 from qgraph.report.plain import number, plain
 
@@ -127,14 +129,6 @@ class _Reader:
     def _is_bias(self, node: Node) -> bool:
         return node in self.fixed and self.bits[node] > 16
 
-    def stored_bits(self, node: Node) -> int:
-        """Width of a result: that of its quantizers where it has no other reader."""
-        found = [
-            encoding_of(self.module, user).bits if is_quantize(user) else FLOAT_BITS
-            for user in node.users
-        ]
-        return max(found, default=FLOAT_BITS)
-
 
 def graph_view(module: GraphModule, errors: Mapping[str, float]) -> tuple[GraphNode, ...]:
     """The ops of a quantized graph, in its order; `errors` has dB by node name."""
@@ -161,6 +155,11 @@ def graph_view(module: GraphModule, errors: Mapping[str, float]) -> tuple[GraphN
 
 def cost_of(module: GraphModule) -> Cost:
     """What the widths of a quantized graph buy, counted on the graph itself."""
+    return account(op_uses(module), _tensors(module))
+
+
+def op_uses(module: GraphModule) -> list[OpUse]:
+    """The products of a quantized graph with their widths, for `compute_ratio` and the like."""
     reader, sizes = _Reader(module), product_sizes(module)
     ops = []
     for node in reader.kept:
@@ -181,27 +180,21 @@ def cost_of(module: GraphModule) -> Cost:
                 biases=size.biases,
             )
         )
-    return account(ops, _stored(reader))
+    return ops
 
 
-def _stored(reader: _Reader) -> list[TensorUse]:
-    last: dict[int, int] = {}
-    for step, node in enumerate(reader.nodes):
-        for i in (i for n in node.all_input_nodes for i in reader.sources[n]):
-            last[i] = step
-    steps = {node: step for step, node in enumerate(reader.nodes)}
+def _tensors(module: GraphModule) -> list[TensorUse]:
+    def width(edge: Edge) -> int | None:
+        reader = edge.consumer
+        return encoding_of(module, reader).bits if is_quantize(reader) else None
+
     return [
         TensorUse(
-            name=node.name,
-            elements=_elements(node),
-            bits=reader.stored_bits(node),
-            born=steps[node],
-            last_read=last.get(i, steps[node]),
+            name=item.node.name,
+            elements=item.elements,
+            bits=FLOAT_BITS if item.bits is None else item.bits,
+            born=item.born,
+            last_read=item.last_read,
         )
-        for i, node in enumerate(reader.kept)
+        for item in stored_tensors(module, width)
     ]
-
-
-def _elements(node: Node) -> int:
-    sizes = node.meta["val"].shape[1:]
-    return math.prod(int(s) if isinstance(s, int) else int(s.node.hint) for s in sizes)

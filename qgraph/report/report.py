@@ -152,7 +152,7 @@ class Report:
             steps=tuple(_step(item) for item in data["steps"]),
             notes=tuple(map(str, data["notes"])),
             graph=tuple(GraphNode.from_dict(item) for item in data["graph"]),
-            cost=None if cost is None else Cost(**{f.name: cost[f.name] for f in fields(Cost)}),
+            cost=None if cost is None else Cost.from_json(cost),
             parity=None if parity is None else Parity(**{k: int(v) for k, v in parity.items()}),
         )
 

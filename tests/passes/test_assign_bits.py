@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bits within budgets, on a small U-Net: the graph is counted, never the solver."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import qgraph
+from qgraph.errors import BudgetInfeasibleError, ConfigError
+from qgraph.passes import AssignBits
+from qgraph.report.accounting import Cost
+
+
+class TinyUNet(nn.Module):
+    """Two resolutions, a residual add, a concatenated skip, a bilinear upsampling."""
+
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.stem = nn.Conv2d(1, width, 3, padding=1)
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.deep = nn.Conv2d(width, 2 * width, 3, padding=1)
+        self.deeper = nn.Conv2d(2 * width, 2 * width, 3, padding=1)
+        self.merge = nn.Conv2d(3 * width, width, 3, padding=1)
+        self.short = nn.Conv2d(3 * width, width, 1)
+        self.head = nn.Conv2d(width, 1, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.first(x) + x)
+        y = torch.relu(self.deep(nn.functional.max_pool2d(x, 2)))
+        y = torch.relu(self.deeper(y))
+        y = nn.functional.interpolate(y, scale_factor=2, mode="bilinear")
+        z = torch.cat([y, x], 1)
+        return self.head(torch.relu(self.merge(z) + self.short(z)))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return TinyUNet().eval()
+
+
+@pytest.fixture(scope="module")
+def data():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(4, 1, 16, 16, generator=generator) for _ in range(3)]
+
+
+BUDGETS = {"size": 0.13, "bops": 0.03, "activations": 0.21}
+
+
+def cost_of(quantized: qgraph.QuantizedModel) -> Cost:
+    assert quantized.report.cost is not None
+    return quantized.report.cost
+
+
+def bits_of(quantized) -> dict[str, tuple[int, int]]:
+    found = {}
+    for node in quantized.report.graph:
+        if node.op == "conv":
+            found[node.path] = (node.weight_bits, node.activation_bits)
+    return found
+
+
+@pytest.mark.parametrize("mode", ["spmix", "spmix_delta", "free", "greedy", "uniform"])
+def test_every_budget_holds_on_the_rewritten_graph(model, data, mode):
+    budget = BUDGETS if mode != "uniform" else {k: 1.6 * v for k, v in BUDGETS.items()}
+    chosen = qgraph.pipeline("sirst_mixed", budget=budget, mode=mode)
+    cost = cost_of(qgraph.compile(model, data, chosen))
+    assert 1 / cost.weight_ratio <= budget["size"]
+    assert 1 / cost.bit_operations_ratio <= budget["bops"]
+    assert 1 / cost.activation_ratio <= budget["activations"]
+
+
+def test_spmix_ties_the_decoder_to_the_encoder_and_deep_layers_get_no_more(model, data):
+    found = bits_of(qgraph.compile(model, data, qgraph.pipeline("sirst_mixed", budget=BUDGETS)))
+    assert found["first"] == found["merge"] == found["short"]
+    assert found["deep"] == found["deeper"]
+    assert all(deep <= shallow for deep, shallow in zip(found["deep"], found["first"], strict=True))
+    assert found["stem"] == found["head"] == (8, 8)
+
+
+def test_free_is_never_worse_than_spmix_on_its_objective(model, data):
+    omegas = {}
+    for mode in ("spmix", "free"):
+        chosen = qgraph.pipeline("sirst_mixed", budget=BUDGETS, mode=mode)
+        told = qgraph.compile(model, data, chosen).report.decisions
+        omegas[mode] = next(d.numbers["omega"] for d in told if d.site == "network")
+    assert omegas["free"] <= omegas["spmix"]
+
+
+def test_an_impossible_budget_names_the_resource_and_the_best_value(model, data):
+    with pytest.raises(BudgetInfeasibleError, match="budget size") as caught:
+        qgraph.compile(model, data, qgraph.pipeline("sirst_mixed", budget={"size": 0.01}))
+    assert caught.value.resource == "size"
+    cost = cost_of(qgraph.compile(model, data, qgraph.pipeline("sirst_w2a8")))
+    assert caught.value.best_possible == pytest.approx(cost.weight_bytes)
+
+
+@pytest.mark.parametrize("name", ["int8", "ris_int4", "vit_w4a8", "sam_int4"])
+def test_a_budget_goes_into_every_family(name):
+    built = qgraph.pipeline(name, budget={"size": 0.14})
+    item = built["assign-bits"]
+    assert isinstance(item, AssignBits)
+    assert item.budget == {"size": 0.14}
+    assert built.index("assign-bits") == built.index("calibrate") + 1
+
+
+def test_a_budget_on_another_family_holds_and_the_integer_graph_equals_the_reference(model, data):
+    chosen = qgraph.pipeline("ris_int4", budget={"size": 0.12})
+    quantized = qgraph.compile(model, data, chosen)
+    assert 1 / cost_of(quantized).weight_ratio <= 0.12
+    images = data[0]
+    assert torch.equal(quantized(images), quantized.lower("reference")(images))
+
+
+def test_mixed_precision_runs_the_same_in_integers_and_in_onnxruntime(model, data):
+    quantized = qgraph.compile(model, data, qgraph.pipeline("sirst_mixed", budget=BUDGETS))
+    widths = set(bits_of(quantized).values())
+    assert len(widths) > 1
+    images = data[0]
+    expected = quantized.lower("reference")(images)
+    assert torch.equal(quantized(images), expected)
+    run = quantized.lower("onnx")(images)
+    assert (run - expected).abs().max() <= 0.05 * expected.abs().max()
+
+
+def test_the_same_inputs_give_the_same_decisions(model, data):
+    first, second = (
+        qgraph.compile(model, data, qgraph.pipeline("sirst_mixed", budget=BUDGETS)).report
+        for _ in range(2)
+    )
+    assert first.decisions == second.decisions
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": {"weight": 0.1}}, "unknown budget 'weight'"),
+        ({"budget": {"size": 0.0}}, r"budget size=0.0; allowed: above 0"),
+        ({"mode": "best"}, "unknown assignment mode"),
+        ({"sensitivity": "magic"}, "unknown sensitivity method"),
+        ({"output": "logits"}, "unknown kind of output"),
+        ({"weight_choices": (1,)}, "bits is 1"),
+        ({"activation_choices": ()}, "at least one weight width"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        AssignBits(**options)
+
+
+def test_a_budget_in_milliseconds_needs_a_latency_model(model, data):
+    with pytest.raises(ConfigError, match="needs a latency model"):
+        qgraph.compile(model, data, qgraph.pipeline("sirst_mixed", budget={"ms": 5.0}))
