@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Mapping
 
@@ -136,7 +135,7 @@ def _sirst(weight_bits: int, activation_bits: int) -> tuple[Pass, ...]:
         passes.PlanSites(weight_bits=weight_bits, activation_bits=activation_bits, scope="stored"),
         passes.Calibrate(),
         assign,
-        passes.ChooseRanges(method="minmax", add_sqnr=-math.inf),
+        passes.ChooseRanges(method="minmax", add_sqnr=-1000.0),
         passes.ChooseWeightScales(),
         *back(),
     )
