@@ -6,7 +6,9 @@ quantized = qgraph.compile(model, calib_loader, pipeline="int8")
 
 import logging
 
+from qgraph.bisect import Bisection, bisect
 from qgraph.compiler import compile  # noqa: A004
+from qgraph.context import Context
 from qgraph.errors import (
     ArtifactError,
     BudgetInfeasibleError,
@@ -24,6 +26,7 @@ from qgraph.graph.trace import trace
 from qgraph.model import QuantizedModel, load
 from qgraph.pipeline import Fact, Pass, Pipeline, Promise
 from qgraph.pipelines import pipeline, pipelines
+from qgraph.rewrite import Rewrite
 
 logging.getLogger("qgraph").addHandler(logging.NullHandler())
 
@@ -31,10 +34,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ArtifactError",
+    "Bisection",
     "BudgetInfeasibleError",
     "CalibrationError",
     "CaptureError",
     "ConfigError",
+    "Context",
     "ExportError",
     "Fact",
     "InputError",
@@ -44,8 +49,10 @@ __all__ = [
     "Promise",
     "QGraphError",
     "QuantizedModel",
+    "Rewrite",
     "UnsupportedOpError",
     "VerificationError",
+    "bisect",
     "compile",
     "load",
     "pipeline",

@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, ClassVar, cast
@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 
 from qgraph.errors import ConfigError, PassError, QGraphError, unknown_name
 from qgraph.graph.metadata import CREATED_BY
-from qgraph.graph.verify import Claim, Verifier
+from qgraph.graph.verify import Claim, Verifier, check_order
 
 if TYPE_CHECKING:
     from qgraph.context import Context
@@ -212,8 +212,13 @@ class Step:
     nodes: int
 
 
-def run_pipeline(pipeline: Pipeline, module: GraphModule, context: Context) -> list[Step]:
-    """Run all passes over `module` in place, verifying each one.
+Watch = Callable[[Pass, GraphModule, Step], None]
+
+
+def run_pipeline(
+    pipeline: Pipeline, module: GraphModule, context: Context, *, watch: Watch | None = None
+) -> list[Step]:
+    """Run all passes over `module` in place, verifying each one; `watch` sees each result.
 
     Raises:
         ConfigError: the order cannot work.
@@ -234,6 +239,8 @@ def run_pipeline(pipeline: Pipeline, module: GraphModule, context: Context) -> l
         size = len(module.graph.nodes)
         steps.append(Step(item.name, changed, seconds, cpu_seconds, max_abs, size))
         LOGGER.debug("%s: changed=%s in %.2f s", item.name, changed, seconds)
+        if watch is not None:
+            watch(item, module, steps[-1])
     return steps
 
 
@@ -253,7 +260,11 @@ def _run_one(item: Pass, module: GraphModule, context: Context) -> bool:
         raise PassError(msg, pass_name=item.name)
     if changed:
         _stamp(item, module, before)
-        module.graph.lint()
+        try:
+            check_order(module)
+        except PassError as error:
+            msg = f"{item.name}: {error}"
+            raise PassError(msg, pass_name=item.name, node=error.node) from error
         module.recompile()
     return changed
 

@@ -60,13 +60,35 @@ def excerpt(module: GraphModule, node: Node, *, context: int = 5) -> str:
     return "\n".join(f"{'>>> ' if i is node else '    '}{i.format_node()}" for i in shown)
 
 
-def check_form(module: GraphModule) -> None:
-    """Raise `PassError` unless the graph is well formed."""
+def check_order(module: GraphModule) -> None:
+    """Raise `PassError` unless each node reads only nodes before it and attributes that exist."""
+    seen: set[Node] = set()
+    for node in module.graph.nodes:
+        for source in node.all_input_nodes:
+            if source not in seen:
+                msg = f"{where(node)} reads {source.name}, which does not come before it"
+                raise PassError(msg, node=node.name)
+        seen.add(node)
+        if node.op == "get_attr" and not isinstance(_attribute(module, node), Tensor):
+            msg = f"{node.name} reads {node.target!r}, which the module does not hold"
+            raise PassError(msg, node=node.name)
     try:
         module.graph.lint()
     except (RuntimeError, AttributeError, TypeError) as error:
         msg = f"malformed graph: {error}"
         raise PassError(msg) from error
+
+
+def _attribute(module: GraphModule, node: Node) -> object:
+    value: Any = module
+    for part in str(node.target).split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+def check_form(module: GraphModule) -> None:
+    """Raise `PassError` unless the graph is well formed."""
+    check_order(module)
     for node in module.graph.nodes:
         if node.op == "call_function" and "val" not in node.meta:
             msg = f"{where(node)} carries no metadata 'val'; insert nodes with insert_call"
@@ -92,11 +114,33 @@ def checksum(tensor: Tensor) -> tuple[object, ...]:
     return (tensor.dtype, tuple(tensor.shape), weighted, tail)
 
 
-def structure(module: GraphModule) -> tuple[object, ...]:
+def structure(module: GraphModule) -> tuple[tuple[str, ...], ...]:
     """The graph as comparable data."""
     return tuple(
         (n.name, n.op, str(n.target), str(n.args), str(n.kwargs)) for n in module.graph.nodes
     )
+
+
+def _first_nonfinite(module: GraphModule, sample: Sample) -> Node | None:
+    """The first node that makes a NaN or infinity out of finite values."""
+    values = record_values(module, sample)
+
+    def is_finite(node: Node) -> bool:
+        value = values.get(node.name)
+        return value is None or bool(torch.isfinite(value).all())
+
+    for node in module.graph.nodes:
+        if not is_finite(node) and all(is_finite(i) for i in node.all_input_nodes):
+            return node  # type: ignore[no-any-return]
+    return None
+
+
+def _reader(module: GraphModule, name: str) -> str | None:
+    """The first node that uses the tensor of that name."""
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and str(node.target) == name:
+            return str(next(iter(node.users), node).name)
+    return None
 
 
 class Verifier:
@@ -129,7 +173,12 @@ class Verifier:
         if not changed:
             return None
         prune(module)
-        outputs = self._run(module)
+        try:
+            outputs = self._run(module)
+        except PassError as error:
+            error.args = (f"{item.name}: {error}",)
+            error.pass_name = item.name
+            raise
         largest = self._check_promise(item, module, outputs)
         self._remember(module, outputs)
         return largest
@@ -141,8 +190,9 @@ class Verifier:
         self._before = shallow_copy(module)
 
     def _run(self, module: GraphModule) -> list[Tensor]:
+        leaves = tree_leaves((self.sample.args, self.sample.kwargs))
         with torch.no_grad():
-            result = module(*self.sample.args, **self.sample.kwargs)
+            result = _MetadataChecker(module).run(*leaves, enable_io_processing=False)
         return [leaf.clone() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
 
     def _check_honesty(self, item: Claim, module: GraphModule, *, changed: bool) -> None:
@@ -150,7 +200,7 @@ class Verifier:
         for name, (tensor, was) in self._tensors.items():
             if checksum(tensor) != was:
                 msg = f"{item.name} wrote into {name!r} in place; register a new tensor instead"
-                raise PassError(msg, pass_name=item.name)
+                raise PassError(msg, pass_name=item.name, node=_reader(self._before, name))
         same = structure(module) == self._structure and all(
             name in now and now[name] is tensor for name, (tensor, _) in self._tensors.items()
         )
@@ -158,20 +208,23 @@ class Verifier:
             msg = f"{item.name} returned True, but the graph did not change"
             raise PassError(msg, pass_name=item.name)
         if not same and not changed:
-            msg = f"{item.name} returned False, but the graph changed"
-            raise PassError(msg, pass_name=item.name)
+            known = set(self._structure)
+            moved = next((e[0] for e in structure(module) if e not in known), None)
+            place = f", first at {moved}" if moved else ""
+            msg = f"{item.name} returned False, but the graph changed{place}"
+            raise PassError(msg, pass_name=item.name, node=moved)
 
     def _check_promise(
         self, item: Claim, module: GraphModule, outputs: list[Tensor]
     ) -> float | None:
         allowed = item.allowed
         if allowed is None:
-            self._check_finite(item, outputs)
+            self._check_finite(item, module, outputs)
             return None
         largest = difference(self._outputs, outputs)
         if largest <= allowed:
             return largest
-        node, error = self._first_difference(module, allowed)
+        node, error = first_difference(self._before, module, self.sample, allowed)
         place = "an output" if node is None else where(node)
         around = "" if node is None else f"\n{excerpt(module, node)}"
         msg = (
@@ -182,26 +235,43 @@ class Verifier:
             msg, pass_name=item.name, node=None if node is None else node.name, max_abs=largest
         )
 
-    def _check_finite(self, item: Claim, outputs: list[Tensor]) -> None:
-        for before, after in zip(self._outputs, outputs, strict=True):
+    def _check_finite(self, item: Claim, module: GraphModule, outputs: list[Tensor]) -> None:
+        for number, (before, after) in enumerate(zip(self._outputs, outputs, strict=True)):
             if bool(torch.isfinite(before).all()) and not bool(torch.isfinite(after).all()):
-                msg = f"{item.name} made finite outputs non-finite"
-                raise VerificationError(msg, pass_name=item.name)
+                node = _first_nonfinite(module, self.sample)
+                place = "" if node is None else f"; first at {where(node)}\n{excerpt(module, node)}"
+                msg = f"{item.name} made finite outputs non-finite (output {number}){place}"
+                name = None if node is None else node.name
+                raise VerificationError(msg, pass_name=item.name, node=name)
 
-    def _first_difference(self, module: GraphModule, allowed: float) -> tuple[Node | None, float]:
-        """The first node of either graph's common names whose value moved and stayed moved."""
-        old = record_values(self._before, self.sample)
-        new = record_values(module, self.sample)
-        found: tuple[Node | None, float] = (None, float("nan"))
-        for node in reversed(list(module.graph.nodes)):
-            if node.op == "output" or node.name not in old or node.name not in new:
-                continue
+
+def first_difference(
+    before: GraphModule, after: GraphModule, sample: Sample, allowed: float
+) -> tuple[Node | None, float]:
+    """The first node of `after` that differs from its namesake in `before` and shows at an output.
+
+    Values that moved and came back, as a rewrite may well do, are passed over.
+
+    Returns the node (None if only outputs differ) and the difference there.
+    """
+    old, new = record_values(before, sample), record_values(after, sample)
+    moved: dict[Node, float] = {}
+    pending = [node for node in after.graph.nodes if node.op == "output"]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        if node.name in old and node.name in new:
             error = difference([old[node.name]], [new[node.name]])
-            if error > allowed:
-                found = (node, error)
-            elif found[0] is not None and found[0] in node.users:
-                break
-        return found
+            if error <= allowed:
+                continue
+            moved[node] = error
+        fresh = set(node.all_input_nodes) - seen
+        seen |= fresh
+        pending.extend(fresh)
+    first = next(
+        (node for node in after.graph.nodes if node in moved and node.op != "get_attr"), None
+    )
+    return first, moved[first] if first is not None else math.nan
 
 
 def difference(before: list[Tensor], after: list[Tensor]) -> float:
@@ -221,6 +291,26 @@ def difference(before: list[Tensor], after: list[Tensor]) -> float:
         value = float(gap.max() / size.clamp_min(torch.finfo(torch.float32).tiny))
         worst = max(worst, float("inf") if math.isnan(value) else value)
     return worst
+
+
+class _MetadataChecker(Interpreter):
+    """Runs a graph and compares each value with its node's metadata."""
+
+    def run_node(self, n: Node) -> Any:
+        value, told = super().run_node(n), n.meta.get("val")
+        if n.op == "call_function" and isinstance(value, Tensor) and isinstance(told, Tensor):
+            sizes = zip(value.shape, told.shape, strict=False)
+            if (
+                value.ndim != told.ndim
+                or value.dtype != told.dtype
+                or any(isinstance(want, int) and have != want for have, want in sizes)
+            ):
+                msg = (
+                    f"{where(n)} computes {value.dtype} {list(value.shape)}, but its metadata "
+                    f"says {told.dtype} {list(told.shape)}; call set_value after changing a node"
+                )
+                raise PassError(msg, node=n.name)
+        return value
 
 
 class _Recorder(Interpreter):
