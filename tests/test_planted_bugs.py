@@ -260,7 +260,8 @@ class FreezesTheBatch(Bug):
 
 
 @pytest.mark.parametrize(
-    ("bug", "words"), [(DropsAReluThatTheSampleDoesNotNeed, "outlier channels"), (FreezesTheBatch, "sample")]
+    ("bug", "words"),
+    [(DropsAReluThatTheSampleDoesNotNeed, "outlier channels"), (FreezesTheBatch, "sample")],
 )  # fmt: skip
 def test_the_kit_catches_what_one_sample_hides(bug, words):
     module = trace(MODEL, X)
