@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -43,6 +44,7 @@ from qgraph.calibration.student import (
     quantized_readers,
     without_quantizers,
 )
+from qgraph.calibration.warm_start import Warm, warm_start
 from qgraph.context import Context
 from qgraph.errors import ConfigError, unknown_name
 from qgraph.graph.build import shallow_copy
@@ -78,6 +80,8 @@ class ReconstructBlocks(Pass):
         local_weight: supervision of values inside the region.
         learn_steps: whether activation steps are learned.
         max_samples: calibration samples used.
+        warm_start, damping: whether weights are first rounded with feedback (`round_compensated`),
+            with how much damping.
 
     Raises:
         ConfigError: an unknown granularity, method or target; negative steps.
@@ -102,6 +106,8 @@ class ReconstructBlocks(Pass):
     global_target: str = "features"
     local_weight: float = 0.0
     max_samples: int | None = 1024
+    warm_start: bool = True
+    damping: float = 0.3
 
     def __post_init__(self) -> None:
         for what, got, allowed in (
@@ -124,6 +130,10 @@ class ReconstructBlocks(Pass):
             regularizer=self.regularizer, method=method, global_weight=self.global_weight,
             global_every=self.global_every, local_weight=self.local_weight,
         )  # fmt: skip
+
+    def start(self) -> Callable[[Problem], int]:
+        """The warm start as `tune` takes it."""
+        return functools.partial(warm_start, how=Warm(damping=self.damping))
 
     def run(self, module: GraphModule, context: Context) -> bool:  # noqa: D102
         work = _Work.of(self, module, context)
@@ -250,7 +260,9 @@ class _Work:
         what = Trainable(weights, activations, method, item.learn_steps)
         student = build_student(self.module, ports.inputs, ports.observed, what)
         teacher = extract(self.exact, ports.inputs, ports.observed)
-        problem = Problem(student, teacher, ports, self.streams, self.suffix(number, judged))
+        problem = Problem(
+            student, self.exact, teacher, ports, self.streams, self.suffix(number, judged)
+        )
         seed = int.from_bytes(
             hashlib.sha256(f"{self.context.seed}/{region.name}/{number}".encode()).digest()[:7],
             "big",
@@ -262,7 +274,8 @@ class _Work:
                 label = f"{item.name} {number + 1}/{len(self.regions)}"
                 self.context.progress_step(label, number * item.steps + step, total)
 
-        outcome = tune(problem, item.tuning(), seed=seed, tick=tick)
+        start = item.start() if item.warm_start else None
+        outcome = tune(problem, item.tuning(), seed=seed, start=start, tick=tick)
         if not outcome.accepted:
             return outcome, {}
         decisions: dict[str, Any] = {q: r.codes() for q, r in student.roundings.items()}
@@ -298,7 +311,8 @@ class _Work:
                 self.context.record(self.item.name, region.name, "kept", "nothing to learn")
             return
         numbers = {
-            "before": outcome.before, "after": outcome.after, "flips": float(outcome.flips),
+            "before": outcome.before, "warm": outcome.warm, "after": outcome.after,
+            "learned": float(outcome.learned), "flips": float(outcome.flips),
             "weights": float(outcome.weights), "undecided": outcome.undecided,
         }  # fmt: skip
         if outcome.accepted:
@@ -350,16 +364,23 @@ def _load(folder: Path | None, number: int) -> dict[str, Any] | None:
 
 
 def _signature(item: ReconstructBlocks, module: GraphModule, context: Context) -> str:
-    """Hash of graph, tensors, options, seed and sample: what a saved state belongs to."""
+    """Hash of graph, tensors, options, seed and calibration data: what a saved state belongs to."""
     parts = (
         str(item), context.seed, structure(module),
         sorted((name, str(checksum(t))) for name, t in tensors(module).items()),
-        [str(checksum(t)) for t in _leaves(context)],
+        list(_data(module, context)),
     )  # fmt: skip
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
-def _leaves(context: Context) -> Iterator[Tensor]:
-    for leaf in (*context.sample.args, *context.sample.kwargs.values()):
-        if isinstance(leaf, Tensor):
-            yield leaf
+def _data(module: GraphModule, context: Context) -> Iterator[str]:
+    """A checksum of every tensor that the loader gives, and of its mask of rows."""
+    adapt = context.adapt or adapter(module)
+    for batch in context.batches:
+        args, kwargs = adapt(batch)
+        mask = None if context.row_masks is None else context.row_masks(args, kwargs)
+        for leaf in (*args, *kwargs.values(), mask):
+            if isinstance(leaf, Tensor):
+                raw = leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+                digest = hashlib.sha256(raw.tobytes()).hexdigest()
+                yield f"{list(leaf.shape)} {leaf.dtype} {digest}"

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from qgraph.calibration.region_losses import (
     FLOOR,
@@ -124,7 +125,8 @@ class Outcome:
 
     Attributes:
         accepted: whether the held-out hard loss fell.
-        before, after: that loss at round-to-nearest and after hardening.
+        before, warm, after: that loss at round-to-nearest, at the warm start, and of what is kept.
+        learned: whether what is kept was learned (else it is the warm start).
         flips: weights whose code changed; weights: of so many.
         undecided: share of h that was neither 0 nor 1 shortly before the end forced it.
         history: (step, block loss, undecided share) now and then.
@@ -132,7 +134,9 @@ class Outcome:
 
     accepted: bool
     before: float
+    warm: float
     after: float
+    learned: bool
     flips: int
     weights: int
     undecided: float
@@ -141,9 +145,17 @@ class Outcome:
 
 @dataclass
 class Problem:
-    """A region together with all that tuning it needs."""
+    """A region together with all that tuning it needs.
+
+    Attributes:
+        student: the region as it learns.
+        teacher: the float region: same inputs, same observed values.
+        exact: the whole float graph.
+        ports, streams, suffix: see their classes.
+    """
 
     student: Student
+    exact: GraphModule
     teacher: Callable[..., tuple[Tensor, ...]]
     ports: Ports
     streams: Streams
@@ -233,33 +245,52 @@ def hard_loss(problem: Problem, picks: list[list[int]], *, batch: int) -> float:
 
 def tune(
     problem: Problem, tuning: Tuning, *, seed: int,
-    tick: Callable[[int], None] | None = None,
+    start: Callable[[Problem], int] | None = None, tick: Callable[[int], None] | None = None,
 ) -> Outcome:  # fmt: skip
-    """Optimise a region; on return the student is hard, accepted or not.
+    """Optimise a region; on return the student is hard and holds the best of what was tried.
+
+    Round-to-nearest, the warm start and what was learned from the better of the two are compared
+    by the held-out loss.
 
     Args:
         problem: the region; its student is changed.
         tuning: see `Tuning`.
         seed: of the mini-batches and masks of this region.
+        start: rounds the weights before learning, returns how many.
         tick: called with the number of each finished step.
     """
     student, streams = problem.student, problem.streams
     batch = tuning.batch if streams.exact.batching.dynamic else 1
     guard = streams.guard if any(streams.guard) else streams.train
-    before = hard_loss(problem, guard, batch=4 * batch if batch > 1 else 1)
-    start = [r.codes() for r in student.unique()]
+
+    def loss() -> float:
+        return hard_loss(problem, guard, batch=4 * batch if batch > 1 else 1)
+
+    nearest, before = student.snapshot(), loss()
+    best, least, warm = nearest, before, before
+    if start is not None and start(problem):
+        warm = loss()
+        if math.isfinite(warm) and warm < before:
+            best, least = student.snapshot(), warm
+        else:
+            student.restore(nearest)
     generator = torch.Generator().manual_seed(seed)
     with torch.enable_grad():
         history = _descend(problem, tuning, generator, batch, tick)
     for rounding in student.unique():
         rounding.freeze(1.0)
-    after = hard_loss(problem, guard, batch=4 * batch if batch > 1 else 1)
-    accepted = math.isfinite(after) and after <= before * (1 + tuning.tolerance)
-    ends = [r.codes() for r in student.unique()]
+    after = loss()
+    learned = tuning.steps > 0 and math.isfinite(after)
+    learned = learned and after <= least * (1 + tuning.tolerance)
+    if not learned:
+        student.restore(best)
+        after = least
+    accepted = learned or best is not nearest
+    pairs = zip(nearest.codes, student.snapshot().codes, strict=True)
+    flips = sum(int((a != b).sum()) for a, b in pairs)
     weights = sum(r.low.numel() for r in student.unique())
-    flips = sum(int((a != b).sum()) for a, b in zip(start, ends, strict=True))
     undecided = history[-1][2] if history else 0.0
-    return Outcome(accepted, before, after, flips, weights, undecided, history)
+    return Outcome(accepted, before, warm, after, learned, flips, weights, undecided, history)
 
 
 def _descend(

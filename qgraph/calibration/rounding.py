@@ -35,18 +35,23 @@ class Rounding:
     def __init__(self, weight: Tensor, encoding: Encoding, method: Method = "adaround") -> None:
         self.method = method
         self.encoding = encoding
-        codes = encoding.encode(weight).to(torch.int32)
-        low, high, self.low_code = neighbours(weight, encoding, codes)
+        self.source = weight
+        self.restart(encoding.encode(weight).to(torch.int32), weight)
+
+    @torch.no_grad()
+    def restart(self, codes: Tensor, toward: Tensor) -> None:
+        """Start from other codes; the other level of each choice lies towards another weight."""
+        low, high, self.low_code = neighbours(toward, self.encoding, codes)
         self.low, self.gap = low, high - low
-        self.scale = scale_of(encoding, weight)
+        self.scale = scale_of(self.encoding, toward)
         self.free = self.gap > 0
         up = codes > self.low_code
-        units = weight.to(torch.float32) / self.scale
+        units = toward.to(torch.float32) / self.scale
         fraction = ((units - low) / self.gap.clamp_min(1)).clamp(0.0, 1.0)
         start = torch.where(up, fraction.clamp_min(0.5 + NUDGE), fraction.clamp_max(0.5 - NUDGE))
         self.choice = up.to(torch.float32)
         self.frozen = ~self.free
-        if method == "adaround":
+        if self.method == "adaround":
             start = torch.logit((start - STRETCH_LOW) / (STRETCH_HIGH - STRETCH_LOW))
         self.variable = start.requires_grad_()
 
@@ -111,15 +116,16 @@ def scale_of(encoding: Encoding, weight: Tensor) -> Tensor:
 
 
 def neighbours(weight: Tensor, encoding: Encoding, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Levels below and above each weight (fp32) and the lower one's code (int32).
+    """The level of `codes` and the next one towards `weight`: both as levels (fp32), the lower
+    first, and the lower one's code (int32).
 
-    Outside the range both are the end of the range.
+    Where `weight` lies on or beyond the last level in its direction both are that level.
     """
     units = weight.to(torch.float32) / scale_of(encoding, weight)
     if isinstance(encoding, AffineEncoding):
         zero = expand(encoding.zero_point, encoding.axis, encoding.block, weight.shape)
         bottom, top = encoding.qmin - zero, encoding.qmax - zero
-        floor = torch.floor(units)
+        floor = torch.where(units >= codes - zero, codes - zero, codes - zero - 1).float()
         low = torch.maximum(torch.minimum(floor, top), bottom)
         high = torch.maximum(torch.minimum(floor + 1, top), bottom)
         return low, high, (low + zero).to(torch.int32)

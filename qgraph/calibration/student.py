@@ -72,6 +72,14 @@ class Fake(nn.Module):
         return (self.encoding.scale * torch.exp(self.log_step)).detach()
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Codes of the learned weights and logarithms of the learned steps at some moment."""
+
+    codes: list[Tensor]
+    steps: list[Tensor]
+
+
 @dataclass
 class Student:
     """A region that learns.
@@ -99,6 +107,19 @@ class Student:
     def unique(self) -> list[Rounding]:
         """Rounding objects, tied ones once."""
         return list({id(r): r for r in self.roundings.values()}.values())
+
+    def snapshot(self) -> Snapshot:
+        """Hard choices as they stand."""
+        codes = [r.codes() for r in self.unique()]
+        return Snapshot(codes, [t.detach().clone() for t in self.steps()])
+
+    @torch.no_grad()
+    def restore(self, kept: Snapshot) -> None:
+        """Go back to a moment; the choices start over from its codes."""
+        for rounding, codes in zip(self.unique(), kept.codes, strict=True):
+            rounding.restart(codes.to(torch.int32), rounding.source)
+        for step, value in zip(self.steps(), kept.steps, strict=True):
+            step.copy_(value)
 
     def set_weights(self, *, hard: bool) -> list[Tensor]:
         """Round all weights, softly or for good; return the shares h."""

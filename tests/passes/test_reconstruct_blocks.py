@@ -17,11 +17,11 @@ from qgraph.graph.build import attribute, shallow_copy
 from qgraph.graph.dialect import encoding_of, is_quantize
 from qgraph.graph.trace import trace
 from qgraph.graph.verify import checksum, tensors
-from qgraph.passes import PackWeights, ReconstructBlocks
+from qgraph.passes import PackWeights, ReconstructBlocks, reconstruct_blocks
 from qgraph.pipeline import run_pipeline
 from qgraph.pipelines import pipeline
 
-FAST = {"steps": 30, "batch": 8, "lr": 5e-2}
+FAST = {"steps": 30, "batch": 8, "lr": 5e-2, "warm_start": False}
 
 
 class Block(nn.Module):
@@ -89,8 +89,8 @@ def inserted():
 
 def context_of(module, **options):
     return Context(
-        sample=small_sample(module, (data()[0],), {}, dynamic=True), batches=data(),
-        adapt=adapter(module), facts=frozenset({"traced"}), **options,
+        sample=small_sample(module, (data()[0],), {}, dynamic=True),
+        adapt=adapter(module), facts=frozenset({"traced"}), **{"batches": data(), **options},
     )  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def reconstructed(**options):
     """Run only the pass, on a copy of the quantized graph."""
     start, facts = inserted()
     module = shallow_copy(start)
-    keys = ("cache_dir", "seed", "max_memory", "progress")
+    keys = ("cache_dir", "seed", "max_memory", "progress", "batches")
     given = {k: options.pop(k) for k in keys if k in options}
     context = context_of(module, **given)
     context.facts = facts
@@ -180,6 +180,42 @@ def test_a_loss_that_is_not_finite_is_refused_bit_for_bit(monkeypatch):
     assert same(module, inserted()[0])
 
 
+def test_what_is_learned_from_a_warm_start_is_dropped_where_it_is_worse(monkeypatch):
+    started, context, changed = reconstructed(steps=0, warm_start=True)
+    assert changed
+    assert any(d.numbers["warm"] < d.numbers["before"] for d in outcomes(context))
+    assert all(d.numbers["after"] <= d.numbers["before"] for d in outcomes(context))
+    assert not any(d.numbers["learned"] for d in outcomes(context))
+
+    def flip(problem, tuning, *args):
+        for rounding in problem.student.unique():
+            rounding.variable.data.neg_()
+        return []
+
+    monkeypatch.setattr(reconstruction, "_descend", flip)
+    module, _, _ = reconstructed(warm_start=True)
+    assert same(module, started)
+
+
+def test_a_warm_start_that_is_worse_is_dropped(monkeypatch):
+    def spoil(problem, how):
+        for rounding in problem.student.unique():
+            rounding.restart(rounding.codes().int().neg().clamp(-3, 3), rounding.source)
+        return 1
+
+    monkeypatch.setattr(reconstruct_blocks, "warm_start", spoil)
+    module, context, changed = reconstructed(steps=0, warm_start=True)
+    assert not changed
+    assert same(module, inserted()[0])
+    assert all(d.numbers["warm"] > d.numbers["before"] for d in outcomes(context))
+
+
+def test_a_warm_start_and_learning_end_below_learning_alone_more_often_than_not():
+    alone, both = (outcomes(reconstructed(warm_start=w)[1]) for w in (False, True))
+    ends = [[d.numbers["after"] for d in found] for found in (alone, both)]
+    assert sum(ends[1]) < sum(ends[0])
+
+
 def test_a_worse_result_is_refused_bit_for_bit(monkeypatch):
     def flip(problem, tuning, *args):
         for rounding in problem.student.unique():
@@ -251,9 +287,10 @@ def test_the_float_network_and_the_random_state_are_left_alone(fails, monkeypatc
     assert (fingerprint(model()), fingerprint(traced()), fingerprint(start)) == before
 
 
-@pytest.mark.parametrize("killed_at", [1, 3])
-def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(tmp_path, killed_at):
-    whole = weight_codes(reconstructed(cache_dir=tmp_path / "whole")[0])
+@pytest.mark.parametrize(("killed_at", "warm"), [(1, False), (2, True), (3, False)])
+def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(tmp_path, killed_at, warm):
+    options = {"warm_start": warm}
+    whole = weight_codes(reconstructed(cache_dir=tmp_path / "whole", **options)[0])
 
     class KilledError(Exception):
         pass
@@ -263,23 +300,31 @@ def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(tmp_path, killed_
             raise KilledError
 
     with pytest.raises(KilledError):
-        reconstructed(cache_dir=tmp_path / "cut", progress=kill)
+        reconstructed(cache_dir=tmp_path / "cut", progress=kill, **options)
     finished = sorted((tmp_path / "cut").rglob("region_*.pt"))
     assert len(finished) == killed_at + 1
     stamps = [path.stat().st_mtime_ns for path in finished]
-    module, context, _ = reconstructed(cache_dir=tmp_path / "cut")
+    module, context, _ = reconstructed(cache_dir=tmp_path / "cut", **options)
     assert [path.stat().st_mtime_ns for path in finished] == stamps
     resumed = weight_codes(module)
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
-    again, _, _ = reconstructed(cache_dir=tmp_path / "cut")
+    again, _, _ = reconstructed(cache_dir=tmp_path / "cut", **options)
     assert same(again, module)
     assert len(outcomes(context)) == 4
 
 
-def test_a_state_of_other_options_is_not_taken_over(tmp_path):
+def test_a_state_of_other_options_or_other_data_is_not_taken_over(tmp_path):
     reconstructed(cache_dir=tmp_path, steps=2)
     reconstructed(cache_dir=tmp_path, steps=3)
     assert len(list(tmp_path.iterdir())) == 2
+    reconstructed(cache_dir=tmp_path, steps=2, batches=data(seed=5))
+    assert len(list(tmp_path.iterdir())) == 3
+    first, *others = data()
+    swapped = [first.flip(0), *others]
+    other = reconstructed(cache_dir=tmp_path, steps=2, batches=swapped)[0]
+    assert len(list(tmp_path.iterdir())) == 4
+    fresh = reconstructed(steps=2, batches=swapped)[0]
+    assert same(other, fresh)
 
 
 def test_values_on_disk_give_the_same_codes():

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Warm start of a region: its weights are rounded one product after the other, with feedback.
+
+Each product sees the inputs that the products rounded before it make, and aims at the float
+network's output; where it ends in a residual sum, at the sum's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Node
+
+from qgraph.calibration.gram_rounding import Gram, round_compensated
+from qgraph.calibration.reconstruction import Problem
+from qgraph.calibration.rounding import Rounding
+from qgraph.errors import ConfigError
+from qgraph.graph.extract import by_name, extract
+from qgraph.graph.ops import OpKind, argument, kind, product
+
+aten = torch.ops.aten
+TINY = 1e-30
+
+
+@dataclass(frozen=True, slots=True)
+class Warm:
+    """How a region is started.
+
+    Attributes:
+        damping, ridge, rounds: see `round_compensated`.
+        relative: power of each row's own output energy that its error is divided by, as for
+            ranges (`calibration/output_ranges.py`).
+        beside: whether a product that ends in a residual sum makes up for the sum's error.
+    """
+
+    damping: float = 0.3
+    ridge: float = 1.0
+    rounds: int = 2
+    relative: float = 1.5
+    beside: bool = True
+
+
+class Unfolding:
+    """Views inputs and outputs of a linear or a 2-D convolution as rows of groups."""
+
+    def __init__(self, call: Node, weight: Tensor) -> None:
+        self.kernel = tuple(weight.shape[2:])
+        self.options = tuple(cast(list[int], argument(call, i)) for i in (3, 4, 5))
+        self.groups = int(cast(int, argument(call, 6))) if self.kernel else 1
+        self.weight = weight.detach().float().reshape(self.groups, -1, weight.shape[1:].numel())
+
+    @staticmethod
+    def takes(call: Node) -> bool:
+        """Whether the op has rows."""
+        if kind(call) is OpKind.LINEAR:
+            return True
+        return call.target is aten.conv2d.default and not isinstance(argument(call, 4), str)
+
+    def inputs(self, value: Tensor) -> Tensor:
+        """[G, N, K] of the data operand."""
+        if not self.kernel:
+            return value.flatten(0, -2)[None]
+        stride, padding, dilation = (tuple(option) for option in self.options)
+        columns = F.unfold(value, self.kernel, dilation, padding, stride)  # [B, C k, L]
+        return self._by_group(columns)
+
+    def outputs(self, value: Tensor) -> Tensor:
+        """[G, N, O] of a value with the output's shape."""
+        if not self.kernel:
+            return value.flatten(0, -2)[None]
+        return self._by_group(value.flatten(2))
+
+    def _by_group(self, columns: Tensor) -> Tensor:
+        """[G, N, C] of [B, G C, L]."""
+        split: Tensor = columns.unflatten(1, (self.groups, -1))
+        return split.permute(1, 0, 3, 2).flatten(1, 2)
+
+    def made(self, rows: Tensor) -> Tensor:
+        """[G, N, O] outputs of the float weight, without bias."""
+        return rows @ self.weight.transpose(1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A product to round: what it reads, and what is summed with its output, in both graphs."""
+
+    rounding: Rounding
+    rows: Unfolding
+    read: tuple[str, str]
+    beside: tuple[str, str] | None
+
+
+def warm_start(problem: Problem, how: Warm, *, batch: int = 32) -> int:
+    """Round the products of a region with feedback; return how many.
+
+    The student's roundings start over from the codes found. Products whose weight serves others
+    too, and ops without rows, stay as they are.
+    """
+    student = problem.student
+    student.eval()
+    student.set_weights(hard=True)
+    done = 0
+    for together in _places(problem, how):
+        for place, gram in zip(together, _grams(problem, together, how, batch), strict=True):
+            try:
+                found = round_compensated(
+                    place.rounding.source, place.rounding.encoding, gram,
+                    damping=how.damping, ridge=how.ridge, rounds=how.rounds,
+                )  # fmt: skip
+            except ConfigError:
+                continue
+            place.rounding.restart(found.codes, found.target)
+            done += 1
+        student.set_weights(hard=True)
+    return done
+
+
+def _places(problem: Problem, how: Warm) -> list[list[_Place]]:
+    """Products with a weight of their own, those that read the same value together."""
+    graph, exact = problem.student.graph, by_name(problem.exact)
+    names = {id(module): name for name, module in problem.student.held.items()}
+    shared = [id(rounding) for rounding in problem.student.roundings.values()]
+    found: dict[str, list[_Place]] = {}
+    for node in graph.graph.nodes:
+        what = product(node)
+        if what is None or not Unfolding.takes(node):
+            continue
+        source, data = node.args[what.weight], node.args[what.data]
+        if source.op != "call_module" or len(source.users) > 1:
+            continue
+        name = names.get(id(graph.get_submodule(str(source.target))))
+        rounding = None if name is None else problem.student.roundings[name]
+        if rounding is None or shared.count(id(rounding)) > 1:
+            continue
+        twin = exact[node.name]
+        read = data.name, cast(Node, twin.args[what.data]).name
+        beside = _residual(node, twin) if how.beside else None
+        place = _Place(rounding, Unfolding(node, rounding.source), read, beside)
+        found.setdefault(data.name, []).append(place)
+    return list(found.values())
+
+
+def _residual(node: Node, twin: Node) -> tuple[str, str] | None:
+    """The other operand of the sum that alone reads a product, in both graphs."""
+    first, second = _summand(node), _summand(twin)
+    return None if first is None or second is None else (first, second)
+
+
+def _summand(call: Node) -> str | None:
+    add = next(iter(call.users))
+    if len(call.users) != 1 or add.target is not aten.add.Tensor or add.kwargs:
+        return None
+    other = add.args[1] if add.args[0] is call else add.args[0]
+    if not isinstance(other, Node) or other is call:
+        return None
+    same = str(other.meta["val"].shape) == str(call.meta["val"].shape)
+    return other.name if same else None
+
+
+def _grams(problem: Problem, together: Sequence[_Place], how: Warm, batch: int) -> list[Gram]:
+    """Sums for products that read one value, over the training samples."""
+    grams: list[Gram] = []
+    middles: list[Tensor] = []
+    for mine, theirs, mask in _values(problem, together, batch):
+        first = together[0].rows
+        rough, exact = first.inputs(mine[0]), first.inputs(theirs[0])
+        counted = _counted(mask, mine[0], exact)
+        at = 0
+        for i, place in enumerate(together):
+            output, beside = place.rows.made(exact), None
+            if place.beside is not None:
+                at += 1
+                sides = place.rows.outputs(mine[at]), place.rows.outputs(theirs[at])
+                output, beside = output + sides[1], sides[1] - sides[0]
+            energy = output.square().sum((0, 2))
+            if i == len(grams):
+                grams.append(Gram(rough.shape[0], output.shape[2], rough.shape[2]))
+                middles.append(energy[counted].median().clamp_min(TINY))
+            share = (middles[i] / (energy + middles[i])) ** how.relative
+            grams[i].add(rough, exact, share * counted, beside)
+    return grams
+
+
+def _counted(mask: Tensor | None, value: Tensor, rows: Tensor) -> Tensor:
+    """Which rows [N] count: all, or those of tokens that the mask [B, T] keeps."""
+    if mask is not None and mask.numel() == rows.shape[1] and value.shape[:2] == mask.shape:
+        return mask.flatten()
+    return torch.ones(rows.shape[1], dtype=torch.bool)
+
+
+def _values(
+    problem: Problem, together: Sequence[_Place], batch: int
+) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]]:
+    """What the products read and what is summed with them, in both graphs, batch by batch."""
+    streams, inputs = problem.streams, problem.ports.inputs
+    sides = [place.beside for place in together if place.beside is not None]
+    pairs = [together[0].read, *sides]
+    rough = extract(problem.student.graph, inputs, [pair[0] for pair in pairs])
+    exact = extract(problem.exact, inputs, [pair[1] for pair in pairs])
+    size = batch if streams.exact.batching.dynamic else 1
+    for bucket, members in enumerate(streams.train):
+        for start in range(0, len(members), size):
+            picks = torch.tensor(members[start : start + size])
+            mine, theirs = streams.inputs(bucket, inputs, picks)
+            yield rough(*mine), exact(*theirs), streams.mask(bucket, picks)
