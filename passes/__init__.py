@@ -7,6 +7,7 @@ from qgraph.passes.calibrate import Calibrate
 from qgraph.passes.center_keys import CenterKeys
 from qgraph.passes.choose_ranges import ChooseRanges
 from qgraph.passes.choose_weight_scales import ChooseWeightScales
+from qgraph.passes.compensate_rounding import CompensateRounding
 from qgraph.passes.drop_noops import DropNoops
 from qgraph.passes.fold_batch_norm import FoldBatchNorm
 from qgraph.passes.fold_key_signs import FoldKeySigns
@@ -42,6 +43,7 @@ ALL: tuple[type[Pass], ...] = (
     ChooseRanges,
     ChooseWeightScales,
     InsertQuantizers,
+    CompensateRounding,
     ReconstructBlocks,
     HoistQuantizers,
     QuantizeBiases,
@@ -56,6 +58,7 @@ __all__ = [
     "CenterKeys",
     "ChooseRanges",
     "ChooseWeightScales",
+    "CompensateRounding",
     "DropNoops",
     "FoldBatchNorm",
     "FoldKeySigns",

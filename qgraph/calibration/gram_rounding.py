@@ -22,7 +22,7 @@ from qgraph.formats.affine import expand
 BLOCK = 64  # columns whose feedback is summed one by one; earlier ones come in one product
 
 
-class Gram:
+class InputSums:
     """Weighted sums over rows of a product's input, in fp64.
 
     Attributes:
@@ -131,7 +131,7 @@ def factor(square: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     return upper / upper.diagonal(dim1=1, dim2=2)[:, None, :], damped
 
 
-def serving(weight: Tensor, gram: Gram, damped: Tensor) -> Tensor:
+def serving(weight: Tensor, gram: InputSums, damped: Tensor) -> Tensor:
     """The float weight [G, O, K] whose outputs on x^ come nearest to those of `weight` on x.
 
     ``W + (W sum (x - x^) x^^T + sum r x^^T) H^-1``: ridge regression towards W.
@@ -180,7 +180,7 @@ def _descend(
 def round_compensated(
     weight: Tensor,
     encoding: Encoding,
-    gram: Gram,
+    gram: InputSums,
     *,
     damping: float = 0.3,
     ridge: float = 1.0,

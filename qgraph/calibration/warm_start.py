@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from qgraph.calibration.gram_rounding import Gram, round_compensated
+from qgraph.calibration.gram_rounding import InputSums, round_compensated
 from qgraph.calibration.reconstruction import Problem
 from qgraph.calibration.rounding import Rounding
 from qgraph.errors import ConfigError
 from qgraph.graph.extract import by_name, extract
 from qgraph.graph.ops import OpKind, argument, kind, product
+from qgraph.graph.seen_through import is_normalised_after
 
 aten = torch.ops.aten
 TINY = 1e-30
@@ -34,7 +35,7 @@ class Warm:
     Attributes:
         damping, ridge, rounds: see `round_compensated`.
         relative: power of each row's own output energy that its error is divided by, as for
-            ranges (`calibration/output_ranges.py`).
+            ranges (`calibration/output_ranges.py`), before a norm; elsewhere: `elsewhere`.
         beside: whether a product that ends in a residual sum makes up for the sum's error.
     """
 
@@ -42,6 +43,7 @@ class Warm:
     ridge: float = 1.0
     rounds: int = 2
     relative: float = 1.5
+    elsewhere: float = 1.5
     beside: bool = True
 
 
@@ -93,6 +95,7 @@ class _Place:
     rows: Unfolding
     read: tuple[str, str]
     beside: tuple[str, str] | None
+    power: float
 
 
 def warm_start(problem: Problem, how: Warm, *, batch: int = 32) -> int:
@@ -106,7 +109,7 @@ def warm_start(problem: Problem, how: Warm, *, batch: int = 32) -> int:
     student.set_weights(hard=True)
     done = 0
     for together in _places(problem, how):
-        for place, gram in zip(together, _grams(problem, together, how, batch), strict=True):
+        for place, gram in zip(together, _grams(problem, together, batch), strict=True):
             try:
                 found = round_compensated(
                     place.rounding.source, place.rounding.encoding, gram,
@@ -140,7 +143,8 @@ def _places(problem: Problem, how: Warm) -> list[list[_Place]]:
         twin = exact[node.name]
         read = data.name, cast(Node, twin.args[what.data]).name
         beside = _residual(node, twin) if how.beside else None
-        place = _Place(rounding, Unfolding(node, rounding.source), read, beside)
+        power = how.relative if is_normalised_after(twin) else how.elsewhere
+        place = _Place(rounding, Unfolding(node, rounding.source), read, beside, power)
         found.setdefault(data.name, []).append(place)
     return list(found.values())
 
@@ -162,9 +166,9 @@ def _summand(call: Node) -> str | None:
     return other.name if same else None
 
 
-def _grams(problem: Problem, together: Sequence[_Place], how: Warm, batch: int) -> list[Gram]:
+def _grams(problem: Problem, together: Sequence[_Place], batch: int) -> list[InputSums]:
     """Sums for products that read one value, over the training samples."""
-    grams: list[Gram] = []
+    grams: list[InputSums] = []
     middles: list[Tensor] = []
     for mine, theirs, mask in _values(problem, together, batch):
         first = together[0].rows
@@ -179,9 +183,9 @@ def _grams(problem: Problem, together: Sequence[_Place], how: Warm, batch: int) 
                 output, beside = output + sides[1], sides[1] - sides[0]
             energy = output.square().sum((0, 2))
             if i == len(grams):
-                grams.append(Gram(rough.shape[0], output.shape[2], rough.shape[2]))
+                grams.append(InputSums(rough.shape[0], output.shape[2], rough.shape[2]))
                 middles.append(energy[counted].median().clamp_min(TINY))
-            share = (middles[i] / (energy + middles[i])) ** how.relative
+            share = (middles[i] / (energy + middles[i])) ** place.power
             grams[i].add(rough, exact, share * counted, beside)
     return grams
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qgraph.calibration.gram_rounding import Gram, factor, round_compensated
+from qgraph.calibration.gram_rounding import InputSums, factor, round_compensated
 from qgraph.calibration.weight_scales import weight_scales
 from qgraph.errors import ConfigError
 from qgraph.formats import AffineEncoding, IntGrid
@@ -23,7 +23,7 @@ def rows(seed, count=60, length=10, groups=1):
 
 
 def gram_of(rough, exact=None, *, outputs=6, importance=None, beside=None):
-    gram = Gram(rough.shape[0], outputs, rough.shape[2])
+    gram = InputSums(rough.shape[0], outputs, rough.shape[2])
     gram.add(rough, rough if exact is None else exact, importance, beside)
     return gram
 
@@ -127,7 +127,7 @@ def test_sums_do_not_depend_on_how_rows_come(seed, split):
     rough, exact, importance = rows(seed), rows(seed + 1), torch.rand(60)
     beside = rows(seed + 2, length=6)
     whole = gram_of(rough, exact, importance=importance, beside=beside)
-    parts = Gram(1, 6, 10)
+    parts = InputSums(1, 6, 10)
     for part in (slice(0, split), slice(split, 60)):
         parts.add(rough[:, part], exact[:, part], importance[part], beside[:, part])
     for name in ("square", "drift", "beside"):
