@@ -19,14 +19,8 @@ from torch.fx import GraphModule, Node
 
 from qgraph.calibration.learnable import groups, observed_ports, owners, write
 from qgraph.calibration.loader import adapter
-from qgraph.calibration.reconstruction import (
-    Outcome,
-    Problem,
-    Streams,
-    Suffix,
-    Tuning,
-    tune,
-)
+from qgraph.calibration.reconstruction import tune
+from qgraph.calibration.region_problem import Outcome, Problem, Streams, Suffix, Tuning
 from qgraph.calibration.rounding import Method
 from qgraph.calibration.streams import (
     ROW_MASK,

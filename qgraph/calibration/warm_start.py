@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from qgraph.calibration.gram_rounding import InputSums, round_compensated
-from qgraph.calibration.reconstruction import Problem
+from qgraph.calibration.region_problem import Problem
 from qgraph.calibration.rounding import Rounding
 from qgraph.errors import ConfigError
 from qgraph.graph.extract import by_name, extract
