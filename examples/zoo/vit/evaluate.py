@@ -43,8 +43,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--split", choices=SPLITS, default="evaluation")
     parser.add_argument("--samples", type=int, default=4000)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     args = parser.parse_args()
-    for kind in KINDS:
+    for kind in args.kinds:
         result = evaluate(load_model(kind), args.split, args.samples)
         interval = bootstrap(result["per_sample"])
         row = {
