@@ -120,10 +120,9 @@ class AssignBits(Pass):
             method=self.sensitivity, output=self.output, loss=context.loss, rows=self.rows,
             seed=context.seed,
         )  # fmt: skip
-        path = None if context.cache_dir is None else context.cache_dir / "sensitivity.json"
         return measure_units(
             module, units.units, ranges, (self.weight_choices, self.activation_choices), how,
-            batches=context.batches, adapt=context.adapt or adapter(module), path=path,
+            batches=context.batches, adapt=context.adapt or adapter(module), path=context.cache_dir,
             progress=context.progress,
         )  # fmt: skip
 

@@ -27,6 +27,7 @@ from qgraph.model import QuantizedModel, load
 from qgraph.pipeline import Fact, Pass, Pipeline, Promise
 from qgraph.pipelines import pipeline, pipelines
 from qgraph.rewrite import Rewrite
+from qgraph.sensitivity import SensitivityTable, sensitivity
 
 logging.getLogger("qgraph").addHandler(logging.NullHandler())
 
@@ -50,6 +51,7 @@ __all__ = [
     "QGraphError",
     "QuantizedModel",
     "Rewrite",
+    "SensitivityTable",
     "UnsupportedOpError",
     "VerificationError",
     "bisect",
@@ -57,5 +59,6 @@ __all__ = [
     "load",
     "pipeline",
     "pipelines",
+    "sensitivity",
     "trace",
 ]

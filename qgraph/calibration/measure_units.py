@@ -56,14 +56,17 @@ def measure_units(
         how: method, objective, rows, seed.
         batches: re-iterable; every rank reads all of them and takes turns.
         adapt: batch -> (args, kwargs).
-        path: state file; a killed run goes on behind its last batch.
+        path: state file, or a folder for one; a killed run goes on behind its last batch.
         progress: called with ("sensitivity", batches done, batches or 0).
 
     Raises:
         ConfigError: an unknown method. CalibrationError: no batches, or nothing to differentiate.
     """
     check_method(how.method)
-    state = State(path, _key(module, units, ranges, widths, how) if path else "")
+    key = _key(module, units, ranges, widths, how) if path else ""
+    if path is not None and not path.suffix:
+        path /= f"sensitivity-{key[:12]}.json"
+    state = State(path, key)
     sweep = FisherSweep if how.method in fisher.METHODS else PerturbSweep
     count = sweep(module, units, ranges, widths, how).run(batches, adapt, state, progress)
     sums = {name: value / count for name, value in state.total().items()}

@@ -68,14 +68,13 @@ class PerturbSweep:
         return number
 
     def _batch(self, batch: Any, adapt: Callable[[Any], Arguments]) -> dict[str, Tensor]:
-        leaves = Signature.of(self.module).flat(*adapt(batch))
-        keeper = _Keeper(self.module)
-        exact = self.module.graph.process_outputs(keeper.run(*leaves, enable_io_processing=False))
+        env = self.values(batch, adapt)
+        exact = self.replay(env, [])
         measure = self._measure(exact, batch)
         found: dict[str, Tensor] = {}
         for unit in self.units:
-            weights = [self._replay(keeper.env, unit, bits, None) for bits in self.weight_bits]
-            values = [self._replay(keeper.env, unit, None, bits) for bits in self.activation_bits]
+            weights = [self.replay(env, [unit], weight=b) for b in self.weight_bits]
+            values = [self.replay(env, [unit], activation=b) for b in self.activation_bits]
             if unit.weights:
                 found[f"{unit.name}/w"] = torch.stack([measure(y) for y in weights])
             found[f"{unit.name}/a"] = torch.stack([measure(y) for y in values])
@@ -91,18 +90,27 @@ class PerturbSweep:
             return lambda y: (loss(y, batch).double() - base).clamp(min=0)
         return lambda y: distance(exact, y, self.how.output)
 
-    def _replay(
-        self, env: dict[Node, Any], unit: Unit, weight: int | None, activation: int | None
-    ) -> Any:
-        """The model's output with one kind of operands of one unit quantized."""
-        edges = {(s.edge.consumer, s.edge.path[0]): s for s in (*unit.weights, *unit.activations)}
+    def values(self, batch: Any, adapt: Callable[[Any], Arguments]) -> dict[Node, Any]:
+        """Every value of the float graph for one batch."""
+        keeper = _Keeper(self.module)
+        keeper.run(*Signature.of(self.module).flat(*adapt(batch)), enable_io_processing=False)
+        return keeper.env
+
+    def replay(
+        self, env: dict[Node, Any], units: Sequence[Unit], *, weight: int | None = None,
+        activation: int | None = None,
+    ) -> Any:  # fmt: skip
+        """The model's output with the weights, the inputs, or both, of some units quantized."""
+        sites = [s for unit in units for s in (*unit.weights, *unit.activations)]
+        edges = {(s.edge.consumer, s.edge.path[0]): s for s in sites}
+        products = {node for unit in units for node in unit.products}
         changed: dict[Node, Any] = {}
 
         def value_of(node: Node) -> Any:
             return changed[node] if node in changed else env[node]
 
         for node in self.nodes:
-            inside = node in unit.products
+            inside = node in products
             if not inside and not any(i in changed for i in node.all_input_nodes):
                 continue
             args: Any = map_arg(node.args, value_of)
