@@ -44,6 +44,8 @@ class AssignBits(Pass):
             ``activations`` (bytes of all stored activations), ``ms`` (onnxruntime milliseconds,
             predicted). Up to 1, a share of the float network; above, an absolute amount; ``ms`` is
             always absolute.
+        effort: place between the cheapest (0) and the dearest (1) assignment, on a geometric scale
+            of size and of bit operations; a further limit beside the budget.
         mode: ``spmix`` (Li et al., TGRS 2024: ladders over resolution levels that do not rise with
             depth, decoder tied to encoder), ``spmix_delta`` (decoder up to a step lower), ``free``
             (every unit by itself, exact), ``greedy`` (fast, nested in the budget), ``uniform``.
@@ -63,6 +65,7 @@ class AssignBits(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({Fact.PLANNED, Fact.STATISTICS})
 
     budget: Mapping[str, float] = field(default_factory=dict)
+    effort: float | None = None
     mode: str = "free"
     weight_choices: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
     activation_choices: tuple[int, ...] = (3, 4, 5, 6, 8)
@@ -92,6 +95,10 @@ class AssignBits(Pass):
             if not (math.isfinite(limit) and limit > 0):
                 msg = f"budget {resource}={limit}; allowed: above 0"
                 raise ConfigError(msg)
+
+        if self.effort is not None and not 0 <= self.effort <= 1:
+            msg = f"effort is {self.effort}; allowed: 0 to 1"
+            raise ConfigError(msg)
 
     def statistics(self, module: GraphModule, context: Context) -> Iterable[Request]:  # noqa: D102
         del module
@@ -127,11 +134,27 @@ class AssignBits(Pass):
         )  # fmt: skip
 
     def _limits(self, units: Units) -> dict[str, float]:
-        return {
+        """Absolute limits of the budget, and of the effort if there is one."""
+        limits = {
             resource: limit * units.floats[resource]
             if resource in units.floats and limit <= 1 else float(limit)
             for resource, limit in self.budget.items()
         }  # fmt: skip
+        if self.effort is None:
+            return limits
+        ends = (min(self.weight_choices), min(self.activation_choices)), (
+            max(self.weight_choices), max(self.activation_choices),
+        )  # fmt: skip
+        for resource in ("size", "bops"):
+            low, high = (
+                units.rest[resource]
+                + sum(unit.costs(unit.pinned or bits)[resource] for unit in units.units)
+                for bits in ends
+            )
+            if low > 0:
+                limit = low * (high / low) ** self.effort * (1 + 1e-9)
+                limits[resource] = min(limit, limits.get(resource, math.inf))
+        return limits
 
     def _solve(
         self, module: GraphModule, context: Context, units: Units,

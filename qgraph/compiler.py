@@ -9,6 +9,8 @@ result     the graph, its report, and backends that run it         qgraph/model.
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +19,16 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from qgraph.backends.onnx.latency import price_of_products
 from qgraph.calibration.loader import adapter, first_batch
 from qgraph.calibration.sample import example_of, small_sample
 from qgraph.context import Context, Progress
 from qgraph.errors import ConfigError
 from qgraph.graph.ignore import Ignore, Pattern
 from qgraph.graph.trace import trace, trace_info
+from qgraph.max_drop import Metric, cheapest_within, check_limits
 from qgraph.model import QuantizedModel
+from qgraph.passes import AssignBits
 from qgraph.pipeline import Fact, Pipeline, run_pipeline
 from qgraph.pipelines import pipeline as named_pipeline
 from qgraph.progress import progress_bar
@@ -40,6 +45,8 @@ def compile(  # noqa: A001
     dynamic_shapes: Any = None,
     ignore: Pattern | Iterable[Pattern] = (),
     loss: Any = None,
+    metric_fn: Metric | None = None,
+    max_drop: float | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
     verify: bool | Literal["full"] = True,
@@ -61,6 +68,10 @@ def compile(  # noqa: A001
         ignore: what stays in float: globs on module paths, node or parameter names, op kinds, or
             a predicate on nodes.
         loss: objective for the passes that take one.
+        metric_fn: scores a callable with the model's signature on development data, larger is
+            better. With `max_drop`: bits are assigned so that the model is the cheapest whose
+            metric drops by at most that much; at most 7 compilations, and always a result.
+        max_drop: in the metric's units.
         device: where to calibrate; default: where the model is.
         seed: of every random choice; the same seed gives the same bytes.
         verify: check the graph after each pass; ``"full"`` also compares the backends at the end.
@@ -82,6 +93,7 @@ def compile(  # noqa: A001
     """
     chosen = named_pipeline(pipeline) if isinstance(pipeline, str) else pipeline
     chosen.check({Fact.TRACED})
+    check_limits(metric_fn, max_drop)
     if verify not in {True, False, "full"}:
         msg = f"verify is {verify!r}; allowed: True, False, 'full'"
         raise ConfigError(msg)
@@ -91,6 +103,16 @@ def compile(  # noqa: A001
     module = trace(model, *args, dynamic_shapes=dynamic_shapes, **kwargs)
     if device is not None:
         module.to(device)
+    if metric_fn is not None and max_drop is not None:
+        with tempfile.TemporaryDirectory() as kept:  # sensitivities are measured once
+            again = functools.partial(
+                compile, module, loader, example_inputs=example_inputs, transform=transform,
+                ignore=ignore, loss=loss, seed=seed, verify=verify, progress=progress,
+                row_masks=row_masks, cache_dir=cache_dir or kept, max_memory=max_memory,
+            )  # fmt: skip
+            with torch.no_grad():
+                reference = float(metric_fn(module))
+            return cheapest_within(again, chosen, metric_fn, reference=reference, max_drop=max_drop)
 
     with torch.random.fork_rng(devices=[]), torch.no_grad(), progress_bar(progress) as report:
         torch.manual_seed(seed)
@@ -99,6 +121,8 @@ def compile(  # noqa: A001
         context.verify, context.progress, context.row_masks = verify, report, row_masks
         context.cache_dir = None if cache_dir is None else Path(cache_dir)
         context.max_memory = max_memory
+        if any(isinstance(p, AssignBits) and "ms" in p.budget for p in chosen):
+            context.latency = price_of_products()
         steps = run_pipeline(chosen, module, context)
         summary = build_report(chosen, module, context, steps)
 

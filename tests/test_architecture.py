@@ -27,6 +27,7 @@ LAYERS = {
     "qgraph.pipelines": 7,
     "qgraph.artifact": 7,
     "qgraph.model": 8,
+    "qgraph.max_drop": 8,
     "qgraph.compiler": 9,
     "qgraph.bisect": 10,
     "qgraph.sensitivity": 10,

@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,17 @@ _ELEMENTWISE = {
     OpKind.SOFTMAX: "softmax", OpKind.NORM: "norm", OpKind.ELEMENTWISE: "gelu",
     OpKind.MOVE: "move", OpKind.CAT: "move", OpKind.EMBEDDING: "move",
 }  # fmt: skip
+
+
+def price_of_products() -> Callable[[Node, int], float]:
+    """(product, bits) -> predicted milliseconds of one run on this machine; measures if needed."""
+    model = latency_model()
+
+    def price(node: Node, bits: int) -> float:
+        name, work = multiplications(node)
+        return model.product_ms(name, work, bits=bits)
+
+    return price
 
 
 def multiplications(node: Node) -> tuple[str, float]:

@@ -5,47 +5,24 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 import qgraph
+from qgraph import compiler
 from qgraph.errors import BudgetInfeasibleError, ConfigError
 from qgraph.passes import AssignBits
 from qgraph.report.accounting import Cost
-
-
-class TinyUNet(nn.Module):
-    """Two resolutions, a residual add, a concatenated skip, a bilinear upsampling."""
-
-    def __init__(self, width: int = 8):
-        super().__init__()
-        self.stem = nn.Conv2d(1, width, 3, padding=1)
-        self.first = nn.Conv2d(width, width, 3, padding=1)
-        self.deep = nn.Conv2d(width, 2 * width, 3, padding=1)
-        self.deeper = nn.Conv2d(2 * width, 2 * width, 3, padding=1)
-        self.merge = nn.Conv2d(3 * width, width, 3, padding=1)
-        self.short = nn.Conv2d(3 * width, width, 1)
-        self.head = nn.Conv2d(width, 1, 1)
-
-    def forward(self, x):
-        x = torch.relu(self.stem(x))
-        x = torch.relu(self.first(x) + x)
-        y = torch.relu(self.deep(nn.functional.max_pool2d(x, 2)))
-        y = torch.relu(self.deeper(y))
-        y = nn.functional.interpolate(y, scale_factor=2, mode="bilinear")
-        z = torch.cat([y, x], 1)
-        return self.head(torch.relu(self.merge(z) + self.short(z)))
+from qgraph.sensitivity import observe
+from tests.small_unet import images, tiny_unet
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    return TinyUNet().eval()
+    return tiny_unet()
 
 
 @pytest.fixture(scope="module")
 def data():
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(4, 1, 16, 16, generator=generator) for _ in range(3)]
+    return images()
 
 
 BUDGETS = {"size": 0.13, "bops": 0.03, "activations": 0.21}
@@ -112,18 +89,18 @@ def test_a_budget_on_another_family_holds_and_the_integer_graph_equals_the_refer
     chosen = qgraph.pipeline("ris_int4", budget={"size": 0.12})
     quantized = qgraph.compile(model, data, chosen)
     assert 1 / cost_of(quantized).weight_ratio <= 0.12
-    images = data[0]
-    assert torch.equal(quantized(images), quantized.lower("reference")(images))
+    batch = data[0]
+    assert torch.equal(quantized(batch), quantized.lower("reference")(batch))
 
 
 def test_mixed_precision_runs_the_same_in_integers_and_in_onnxruntime(model, data):
     quantized = qgraph.compile(model, data, qgraph.pipeline("sirst_mixed", budget=BUDGETS))
     widths = set(bits_of(quantized).values())
     assert len(widths) > 1
-    images = data[0]
-    expected = quantized.lower("reference")(images)
-    assert torch.equal(quantized(images), expected)
-    run = quantized.lower("onnx")(images)
+    batch = data[0]
+    expected = quantized.lower("reference")(batch)
+    assert torch.equal(quantized(batch), expected)
+    run = quantized.lower("onnx")(batch)
     assert (run - expected).abs().max() <= 0.05 * expected.abs().max()
 
 
@@ -152,6 +129,22 @@ def test_wrong_options_are_refused(options, message):
         AssignBits(**options)
 
 
-def test_a_budget_in_milliseconds_needs_a_latency_model(model, data):
+def test_a_budget_in_milliseconds_counts_what_the_latency_model_says(model, data, monkeypatch):
+    def price():
+        return lambda node, bits: 1.0 if bits > 8 else 0.25
+
+    monkeypatch.setattr(compiler, "price_of_products", price)
+    wide = {"weight_choices": (4, 16), "activation_choices": (8, 16)}
+    chosen = qgraph.pipeline("sirst_mixed", {"ms": 4.0}, mode="free", **wide)
+    found = bits_of(qgraph.compile(model, data, chosen))
+    spent = sum(1.0 if max(pair) > 8 else 0.25 for pair in found.values())
+    assert spent <= 4.0
+    assert any(max(pair) == 16 for pair in found.values())
+    with pytest.raises(BudgetInfeasibleError, match="budget ms=1"):
+        qgraph.compile(model, data, qgraph.pipeline("sirst_mixed", {"ms": 1.0}, mode="free"))
+
+
+def test_milliseconds_without_a_latency_model_are_refused(model, data):
+    module, context = observe(model, data, bits=(8, 8))
     with pytest.raises(ConfigError, match="needs a latency model"):
-        qgraph.compile(model, data, qgraph.pipeline("sirst_mixed", budget={"ms": 5.0}))
+        AssignBits(budget={"ms": 5.0}).run(module, context)
