@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transformers' architectures, tiny and random, compiled at int8 and run on every backend."""
+"""The architectures people bring, tiny and random, compiled at int8 and run on every backend.
+
+From transformers: text, vision, detection, promptable and referring segmentation. By hand: a
+convolutional U-Net, a module called twice, tied weights, several inputs, tuples and dictionaries.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves, tree_structure
 
 import qgraph
+import tests.test_compile
 from qgraph.graph.trace import trace_info
 from qgraph.report import sqnr
 from tests.graph.rewriting import at_batch
@@ -25,9 +31,41 @@ from tests.graph.test_architectures import (
 )
 
 
+class TiedPair(nn.Module):
+    """Two inputs; an embedding whose table is the output layer; a tuple inside a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 8)
+        self.mix = nn.Linear(8, 8)
+        self.out = nn.Linear(8, 11, bias=False)
+        self.out.weight = self.table.weight
+
+    def forward(self, image, tokens):
+        x = self.mix(self.table(tokens))
+        scores = x @ image.transpose(1, 2)
+        return {"logits": (self.out(x), self.mix(image)), "scores": scores}
+
+
+def unet():
+    return tests.test_compile.unet_case().model, {"x": torch.randn(2, 3, 16, 16)}
+
+
+def called_twice():
+    case = tests.test_compile.tower_case()
+    return case.model, case.held_out
+
+
+def tied_pair():
+    return TiedPair(), {"image": torch.randn(2, 5, 8), "tokens": torch.randint(0, 11, (2, 7))}
+
+
 @pytest.mark.parametrize(
     "build",
     [
+        unet,
+        called_twice,
+        tied_pair,
         lambda: bert("sdpa"),
         resnet,
         heavy(vit),
@@ -38,7 +76,20 @@ from tests.graph.test_architectures import (
         heavy(sam),
         heavy(clipseg),
     ],
-    ids=["bert", "resnet", "vit", "yolos", "segformer", "swin", "detr", "sam", "clipseg"],
+    ids=[
+        "unet",
+        "called twice",
+        "tied pair",
+        "bert",
+        "resnet",
+        "vit",
+        "yolos",
+        "segformer",
+        "swin",
+        "detr",
+        "sam",
+        "clipseg",
+    ],
 )
 def test_every_backend_runs_the_architecture_and_they_agree(build):
     torch.manual_seed(0)
