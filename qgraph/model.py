@@ -148,8 +148,7 @@ class QuantizedModel:
         Raises:
             ExportError: the graph cannot be written in this form, or the path not be written to.
         """
-        sample = (self.sample.args, self.sample.kwargs)
-        return onnx.export(self.graph_module, path, container=container, sample=sample)
+        return onnx.export(self.graph_module, path, container=container)
 
     def save(self, path: str | Path) -> int:
         """Write one safe file: tensors, graph, report and the sample inputs; return its size.

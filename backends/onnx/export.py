@@ -11,18 +11,16 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
 import torch
-from torch import Tensor
-from torch.export import Dim
 from torch.fx import GraphModule
 
 from qgraph.backends.onnx import finish, ops
 from qgraph.backends.onnx.capabilities import OPSET_DEFAULT, SESSION_CONFIG
 from qgraph.backends.onnx.prepare import Prepared, prepare
+from qgraph.backends.onnx.program import flat_program
 from qgraph.backends.onnx.signature import Signature, dump, read_signature, symbols
 from qgraph.errors import ExportError, unknown_name
 
@@ -58,7 +56,7 @@ class ExportInfo:
 
 def export(
     module: GraphModule, path: str | os.PathLike[str], *, container: str = "int8",
-    opset: int | None = None, sample: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+    opset: int | None = None,
     input_names: Sequence[str] | None = None, output_names: Sequence[str] | None = None,
     external_data: bool | None = None,
 ) -> ExportInfo:  # fmt: skip
@@ -70,7 +68,6 @@ def export(
         container: ``"int8"`` keeps codes of up to 8 bits in INT8; ``"native"`` packs weights of
             up to 4 bits as INT4 (2 bits as INT2 at opset 25), widened once when the file is loaded.
         opset: 21 by default; at least 25 for INT2.
-        sample: example arguments; needed only if the graph carries no shapes.
         input_names: names of the file's inputs; default: the argument names.
         output_names: names of the file's outputs; default: the keys of the result.
         external_data: write tensors beside the file; default: only where one file cannot
@@ -88,7 +85,7 @@ def export(
         raise ExportError(msg)
     signature = read_signature(module, input_names, output_names)
     prepared = prepare(module, container=container)
-    model = _translate(prepared, signature, sample)
+    model = _translate(prepared, signature)
     _rename_symbols(model, symbols(module))
     codes = finish.resolve_marks(model)
     finish.finish(model, native=container == "native", opset=opset)
@@ -107,16 +104,12 @@ def export(
     )  # fmt: skip
 
 
-def _translate(
-    prepared: Prepared, signature: Signature, sample: tuple[tuple[Any, ...], dict[str, Any]] | None
-) -> ir.Model:
-    values = signature.flatten(*sample) if sample is not None else list(_examples(prepared.module))
-    shapes = tuple(_dynamic(prepared.module))
+def _translate(prepared: Prepared, signature: Signature) -> ir.Model:
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                prepared.module, tuple(values), dynamo=True, opset_version=OPSET_DEFAULT,
-                verbose=False, optimize=False, dynamic_shapes=shapes,
+                flat_program(prepared.module), dynamo=True, opset_version=OPSET_DEFAULT,
+                verbose=False, optimize=False,
                 input_names=[i.name for i in signature.inputs],
                 output_names=list(signature.output_names),
                 custom_translation_table=ops.translations(),
@@ -143,28 +136,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def _examples(module: GraphModule) -> Iterator[Tensor]:
-    """Zeros of the traced shapes; a symbolic size keeps its hint, but is never 0 or 1."""
-    for node in module.graph.nodes:
-        if node.op == "placeholder":
-            value = node.meta["val"]
-            yield torch.zeros([_hint(s) for s in value.shape], dtype=value.dtype)
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    if isinstance(size, int):
-        return size
-    hint = size.node.hint
-    return max(int(hint) if hint is not None else 2, 2)
-
-
-def _dynamic(module: GraphModule) -> Iterator[dict[int, Any]]:
-    for node in module.graph.nodes:
-        if node.op == "placeholder":
-            shape = node.meta["val"].shape
-            yield {i: Dim.AUTO for i, s in enumerate(shape) if not isinstance(s, int)}
 
 
 def _rename_symbols(model: ir.Model, labels: dict[str, str]) -> None:

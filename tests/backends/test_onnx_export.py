@@ -18,6 +18,7 @@ from qgraph.backends.onnx.export import export
 from qgraph.backends.onnx.kernels import optimized
 from qgraph.backends.onnx.session import Session
 from qgraph.errors import ExportError, InputError
+from qgraph.graph.trace import trace
 from tests.backends.onnx_models import Attention, ConvNet, Embedded, Mlp, Unet, quantized
 
 
@@ -187,3 +188,22 @@ def test_external_data_and_given_names_work(tmp_path: Path) -> None:
     assert (info.inputs, info.outputs) == (("pixels",), ("y",))
     torch.testing.assert_close(Session(tmp_path / "m.onnx")(x), module(x))
     assert Session(tmp_path / "m.onnx").codes(x).keys() == codes_of(module, [x]).keys()
+
+
+class Untranslated(nn.Module):
+    """Ops that ONNX knows only by their decompositions, one with a symbolic size."""
+
+    def forward(self, x):
+        pooled = nn.functional.adaptive_avg_pool1d(x, 1)
+        mask = (x > 0) & (x < 1)
+        return 1 - pooled, torch.where(mask, x, x.roll(1, -1)), torch.rsub(x, 2.0)
+
+
+def test_ops_without_a_translation_are_decomposed_one_by_one(tmp_path):
+    x = torch.randn(3, 4, 6)
+    module = trace(Untranslated().eval(), x)
+    export(module, tmp_path / "m.onnx")
+    for size in (3, 5):
+        x = torch.randn(size, 4, 6)
+        for ours, theirs in zip(Session(tmp_path / "m.onnx")(x), module(x), strict=True):
+            torch.testing.assert_close(ours, theirs)
