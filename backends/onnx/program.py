@@ -120,6 +120,7 @@ def _expand(graph: Graph, node: Node, decomposition: Callable[..., Any]) -> None
     assert isinstance(result, Node)
     node.replace_all_uses_with(result)
     graph.erase_node(node)
+    result.name = node.name  # the signature refers to results by name
 
 
 def _forget_strides(graph: Graph) -> None:
