@@ -97,7 +97,9 @@ def write_static(case: Case, source: Path, path: Path, ops: list[str] | None) ->
 
 def write_ours(case: Case, scope: str, name: str, folder: Path) -> list[Path]:
     """Our files of one scope, in both containers where that differs."""
-    chosen = pipeline(name, scope=SCOPES[scope])
+    base, _, tables = name.partition("-table")
+    width: dict[str, Any] = {"embedding_bits": int(tables)} if tables else {}
+    chosen = pipeline(base, scope=SCOPES[scope], **width)
     batch = case.calibration[0]
     quantized = compile_model(case.model, case.calibration, chosen, example_inputs=batch)
     paths = []
@@ -163,7 +165,10 @@ def run(case: Case, names: list[str], runs: int, folder: Path) -> list[Row]:
         path = folder / f"quantize_static {scope}.onnx"
         write_static(case, paths[0], path, ops)
         paths.append(path)
+        has_table = any(isinstance(m, torch.nn.Embedding) for m in case.model.modules())
         for name in names:
+            if "-table" in name and not (has_table and scope == "full"):
+                continue
             paths.extend(write_ours(case, scope, name, folder))
     return measure(case, paths, runs)
 
@@ -185,7 +190,7 @@ def main() -> None:
     """Command line; see the module docstring."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.onnx", description=__doc__)
     parser.add_argument("--models", nargs="+", choices=[*CASES], default=[*CASES])
-    parser.add_argument("--pipelines", nargs="+", default=["int8", "w4a8"])
+    parser.add_argument("--pipelines", nargs="+", default=["int8", "w4a8", "w4a8-table4"])
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

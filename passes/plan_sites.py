@@ -34,6 +34,8 @@ class PlanSites(Pass):
     Attributes:
         weight_bits, activation_bits: widths.
         ends_bits: at least this many bits for the first and the last products of the graph.
+        embedding_bits: width of embedding tables; default: that of weights, but at least 8. They
+            are most of a text model's bytes: 4 bits (with a scale per row) halve the file.
         scope: ``"full"``, ``"linear"`` (weights and inputs of linears and convolutions only),
             ``"stored"`` (full, and the inputs of concatenation, max pooling and interpolation, so
             that skips are stored as codes), or a tuple of op kinds.
@@ -50,15 +52,22 @@ class PlanSites(Pass):
     weight_bits: int = 8
     activation_bits: int = 8
     ends_bits: int = 8
+    embedding_bits: int | None = None
     scope: str | tuple[str, ...] = "full"
 
     def __post_init__(self) -> None:
-        for bits in (self.weight_bits, self.activation_bits, self.ends_bits):
+        widths = (self.weight_bits, self.activation_bits, self.ends_bits, self.table_bits)
+        for bits in widths:
             check_bits(bits)
         allowed = {item.value for item in OpKind}
         for item in self.kinds:
             if item not in allowed:
                 raise unknown_name("op kind", item, allowed)
+
+    @property
+    def table_bits(self) -> int:
+        """Width of embedding tables."""
+        return max(self.weight_bits, 8) if self.embedding_bits is None else self.embedding_bits
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -93,9 +102,9 @@ class PlanSites(Pass):
         activation_bits = max(self.activation_bits, floor)
         item, what = kind(node), product(node)
         if item is OpKind.EMBEDDING:
-            return (
-                [_weight(node, 0, item, max(weight_bits, 8), axis=-1)] if _stored(node, 0) else []
-            )
+            by_row = self.table_bits < 8
+            table = _weight(node, 0, item, self.table_bits, axis=0 if by_row else -1)
+            return [table] if _stored(node, 0) else []
         if item in CARRIERS:
             edges = [e for e in in_edges(node) if e.source not in fixed and is_float(e.source)]
             bits = self.activation_bits
