@@ -11,7 +11,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
-from onnxscript import optimizer
+from onnxscript import optimizer, rewriter
+from onnxscript.rewriter.rules import common as rules
 
 from qgraph.backends.onnx.capabilities import OPSET_INT2, WIDEN_AT_LOAD
 from qgraph.backends.onnx.ops import MARK_DOMAIN
@@ -22,6 +23,20 @@ _DEFAULTS = {"block_size": 0, "output_dtype": 0, "saturate": 1}
 # Packing a handful of codes costs more in nodes than it saves.
 _WORTH_PACKING = 256
 CODES = "/codes"
+# The exporter's own optimizer without its patterns of several outputs, which are searched in
+# quadratic time and are not found here.
+_RULES = (
+    rules.materialize_reshape_shape_rule, rules.reshape_reshape_rule,
+    rules.transpose_transpose_rule, rules.no_op_transpose_rule, rules.cast_cast_rule,
+    rules.no_op_cast_rule, rules.unsqueeze_unsqueeze_rule, rules.squeeze_reshape_1d_rule,
+    rules.flatten_to_reshape_rule, rules.no_op_expand_rule, rules.collapse_slice_rule,
+    rules.mul_by_1_rule, rules.add_0_rule, rules.sub_0_rule, rules.div_by_1_rule,
+)  # fmt: skip
+_TIDYING = (
+    common.CommonSubexpressionEliminationPass,
+    common.OutputFixPass, common.NameFixPass, common.IdentityEliminationPass,
+    common.DeduplicateInitializersPass, common.RemoveUnusedNodesPass,
+)  # fmt: skip
 
 
 def resolve_marks(model: ir.Model) -> dict[str, str]:
@@ -51,15 +66,16 @@ def finish(model: ir.Model, *, native: bool, opset: int) -> None:
         opset: the default-domain opset to declare.
     """
     with _held(model):
-        optimizer.optimize_ir(
-            model, should_fold=lambda node: False if node.op_type in _KEPT else None, inline=True
-        )
-        for item in (
-            common.IdentityEliminationPass(),
-            common.DeduplicateInitializersPass(),
-            common.RemoveUnusedNodesPass(),
-        ):
-            item(model)
+        common.InlinePass()(model)
+        for _ in range(2):
+            optimizer.fold_constants(
+                model, should_fold=lambda node: False if node.op_type in _KEPT else None
+            )
+            rewriter.RewritePass(_RULES)(model)
+            common.RemoveUnusedNodesPass()(model)
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        for item in _TIDYING:
+            item()(model)
     _drop_defaults(model)
     _keep_norms_apart(model)
     if native:
