@@ -28,6 +28,19 @@ def get_attr_tensor(module: GraphModule, node: Node) -> Tensor:
     raise PassError(msg, node=node.name)
 
 
+def stored_operand(module: GraphModule, node: Node, position: int) -> Tensor:
+    """The stored tensor that an argument of a node reads, such as a weight.
+
+    Raises:
+        PassError: there is no such argument, or it is computed.
+    """
+    source = node.args[position] if position < len(node.args) else None
+    if isinstance(source, Node):
+        return get_attr_tensor(module, source)
+    msg = f"argument {position} of {node.name} is {source!r}, no stored tensor"
+    raise PassError(msg, node=node.name)
+
+
 def set_attr_tensor(module: GraphModule, name_hint: str, tensor: Tensor) -> str:
     """Register a fresh buffer and return its target; no existing tensor is written."""
     return add_buffer(module, name_hint, tensor)
