@@ -114,6 +114,11 @@ class AssignBits(Pass):
         limits = self._limits(units)
         answer = self._solve(module, context, units, found, limits)
         self._apply(module, context, units, found, answer)
+        context.sensitivity = [
+            (name, bits, cost, bits == answer.bits[name][0])
+            for name, item in found.items() if item.pinned is None and name in answer.bits
+            for bits, cost in item.weights.items()
+        ]  # fmt: skip
         return False
 
     def _measure(

@@ -129,8 +129,13 @@ def bisect(
 
     Args:
         pipeline: a name, or a Pipeline.
-        model, loader, example_inputs, transform, dynamic_shapes, ignore, seed: as for
-            `qgraph.compile`.
+        model: as for `qgraph.compile`, and so are all that follow but the last.
+        loader: calibration batches.
+        example_inputs: inputs to trace with.
+        transform: maps a batch to the model's inputs.
+        dynamic_shapes: as for torch.export.
+        ignore: what stays in float.
+        seed: of every random choice.
         max_nodes: so many nodes are followed to the outputs.
 
     Raises:

@@ -57,6 +57,7 @@ class Context:
         ignore: what stays in float.
         facts: what holds now.
         row_masks: optional callable (args, kwargs) -> bool mask [B, T] of rows that count.
+        sensitivity: (layer, bits, cost, chosen) of widths that were tried, for the report.
         loss: task loss or teacher-student objective for passes that take one.
         seed: of every random choice.
         latency: (product, bits) -> predicted milliseconds, for budgets in milliseconds.
@@ -72,6 +73,7 @@ class Context:
     decisions: list[Decision] = field(default_factory=list)
     ignore: Ignore = field(default_factory=Ignore)
     facts: frozenset[str] = frozenset()
+    sensitivity: list[tuple[str, int, float, bool]] = field(default_factory=list)
     pipeline: Pipeline | None = None
     row_masks: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None
     loss: Any = None

@@ -181,6 +181,54 @@ def test_a_difference_within_the_tolerance_is_accepted():
     assert steps[0].max_abs <= ScaleSilently.tolerance
 
 
+class Steep(nn.Module):
+    """Amplifies the last bit of float32 a thousand times."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x):
+        y = self.linear(x)
+        return torch.tanh(1000.0 * (y - y.detach().round()) + 1000.0 * y) + torch.sin(3000.0 * y)
+
+
+@dataclass(frozen=True)
+class SumInHalves(Base):
+    """Exact in real numbers: W x = W1 x1 + W2 x2. Float32 rounds otherwise."""
+
+    name: ClassVar[str] = "sum-in-halves"
+    promise: ClassVar[Promise] = Promise.EQUIVALENT
+    factor: float = 1.0
+
+    def run(self, module, context):
+        linear = node_of(module, aten.linear.default)
+        weight = attribute(module, str(linear.args[1].target))
+        left = torch.arange(weight.shape[1]) < weight.shape[1] // 2
+        replace_tensor(module, Edge(linear, (1,)), weight * left * self.factor, "left")
+        twin = insert_call(module, aten.linear.default, *linear.args, like=linear)
+        replace_tensor(module, Edge(twin, (1,)), weight * ~left * self.factor, "right")
+        twin.args = twin.args[:2]
+        both = insert_call(module, aten.add.Tensor, linear, twin, like=twin)
+        linear.replace_all_uses_with(both, delete_user_cb=lambda u: u is not both)
+        return True
+
+
+def run_steep(item):
+    torch.manual_seed(0)
+    x = torch.randn(4, 64)
+    module = trace(Steep().eval(), x)
+    context = Context(sample=Sample((x,)), batches=[x], facts=frozenset())
+    return run_pipeline(Pipeline("test", (item,)), module, context)
+
+
+def test_rounding_that_a_steep_network_amplifies_is_no_broken_promise():
+    steps = run_steep(SumInHalves())
+    assert steps[0].max_abs > SumInHalves.tolerance
+    with pytest.raises(VerificationError, match="sum-in-halves promises"):
+        run_steep(SumInHalves(factor=1.0 + 3e-7))
+
+
 def test_a_dropped_bias_is_found_at_its_linear():
     with pytest.raises(VerificationError, match="drop-bias") as caught:
         run(DropBias())

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from qgraph.report.operand_view import operand_cards
 from qgraph.report.pictures import GLYPH_NAMES, error_bars, graph_picture, share_bar, time_bar
+from qgraph.report.sensitivity import sensitivity_picture
 from qgraph.report.style import (
     SHEET,
     bits_colour,
@@ -29,11 +31,13 @@ def page(report: Report) -> str:
     """The whole page."""
     name = report.name
     parts = [
-        _tiles(report), _graph(report), _errors(report), _cost(report), _decisions(report),
-        _layers(report), _steps(report), _parity(report), _notes(report),
+        _tiles(report), _images(report), _graph(report), _errors(report), _operands(report),
+        _sensitivity(report), _cost(report), _decisions(report), _layers(report), _steps(report),
+        _parity(report), _notes(report),
     ]  # fmt: skip
     links = (
-        ("graph", "Graph"), ("errors", "Errors"), ("cost", "Cost"), ("decisions", "Decisions"),
+        ("images", "Images"), ("graph", "Graph"), ("errors", "Errors"), ("operands", "Operands"),
+        ("sensitivity", "Sensitivity"), ("cost", "Cost"), ("decisions", "Decisions"),
         ("sites", "Sites"), ("steps", "Steps"), ("parity", "Parity"),
     )  # fmt: skip
     body = "".join(parts)
@@ -172,6 +176,49 @@ def _errors(report: Report) -> str:
     )
     text = "Signal to quantization noise of each op's output against the float model, in dB."
     return _section("errors", "Errors layer by layer", text, content)
+
+
+def _images(report: Report) -> str:
+    if not report.images:
+        return ""
+
+    def picture(data: str, text: str) -> str:
+        return (
+            f'<figure><img alt="{text}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{text}</figcaption></figure>"
+        )
+
+    rows = "".join(
+        f'<div class="strip">{picture(i.picture, "input")}{picture(i.exact, "float mask")}'
+        f"{picture(i.quantized, 'quantized mask')}"
+        f"{picture(i.difference, f'{100 * (1 - i.agreement):.2f} % of pixels differ')}</div>"
+        for i in report.images
+    )
+    text = "Masks of the float and of the quantized model on samples of the calibration data."
+    return _section("images", "Sample images", text, rows)
+
+
+def _operands(report: Report) -> str:
+    cards, left_out = operand_cards(report.layers)
+    if not cards:
+        return ""
+    text = (
+        "Shaded: float values. Bars: quantized values. Ticks below: levels, where there are at "
+        "most 64. Heights are square roots of counts; weights are in units of their channel's "
+        "scale. Open for the histograms."
+    )
+    if left_out:
+        text += f" The {left_out} with the smallest errors are left out."
+    content = f"<details><summary>ranges and histograms</summary>{cards}</details>"
+    return _section("operands", "Operands before and after", text, content)
+
+
+def _sensitivity(report: Report) -> str:
+    picture = sensitivity_picture(report.sensitivity)
+    if not picture:
+        return ""
+    text = "What each layer costs at each width; dots are the widths that were chosen."
+    return _section("sensitivity", "Bits against sensitivity", text, picture)
 
 
 def _cost(report: Report) -> str:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qgraph.graph.edges import Path
 from qgraph.graph.plan import Plan
 from qgraph.graph.provenance import module_path, source_line
-from qgraph.graph.verify import Sample, record_values
+from qgraph.graph.verify import Sample, Tap, record_values
+from qgraph.report.distributions import Distribution
 from qgraph.report.plain import number, plain
 
 
@@ -29,6 +31,7 @@ class LayerRecord:
         format: the encoding in words.
         decided_by, reason: which pass chose it, and why.
         sqnr: dB of the consumer's output against the float model on the sample; nan if unknown.
+        distribution: what the values look like before and after; None if unknown.
     """
 
     node: str
@@ -41,6 +44,7 @@ class LayerRecord:
     decided_by: str
     reason: str
     sqnr: float
+    distribution: Distribution | None = None
 
     def to_dict(self) -> dict[str, object]:
         """As JSON values."""
@@ -55,11 +59,13 @@ class LayerRecord:
         Raises:
             KeyError, TypeError, ValueError: the data is something else.
         """
+        shape = data.get("distribution")
         texts = ("node", "path", "line", "op", "role", "format", "decided_by", "reason")
         return cls(
             **{key: str(data[key]) for key in texts},
             bits=int(data["bits"]),
             sqnr=number(data["sqnr"]),
+            distribution=None if shape is None else Distribution.from_dict(shape),
         )
 
 
@@ -73,11 +79,15 @@ def sqnr(reference: Tensor, other: Tensor) -> float:
 
 
 def measure(
-    reference: GraphModule, quantized: GraphModule, sample: Sample, names: set[str]
-) -> dict[str, float]:
-    """SQNR of the nodes of these names that both graphs have, on one sample."""
-    before = record_values(reference, sample, names)
-    after = record_values(quantized, sample, names)
+    reference: GraphModule, quantized: GraphModule, sample: Sample, names: set[str],
+    taps: tuple[Tap, Tap] | tuple[None, None] = (None, None),
+) -> dict[str, float]:  # fmt: skip
+    """SQNR of the nodes of these names that both graphs have, on one sample.
+
+    `taps` see all values of the two graphs in passing.
+    """
+    before = record_values(reference, sample, names, taps[0])
+    after = record_values(quantized, sample, names, taps[1])
     return {
         name: sqnr(value, after[name])
         for name, value in before.items()
@@ -85,7 +95,9 @@ def measure(
     }
 
 
-def layer_records(plan: Plan, errors: dict[str, float]) -> list[LayerRecord]:
+def layer_records(
+    plan: Plan, errors: dict[str, float], shapes: dict[tuple[str, Path], Distribution]
+) -> list[LayerRecord]:
     """Records of all sites of the plan, in its order."""
     return [
         LayerRecord(
@@ -99,6 +111,7 @@ def layer_records(plan: Plan, errors: dict[str, float]) -> list[LayerRecord]:
             decided_by=site.decided_by,
             reason=site.reason,
             sqnr=errors.get(site.edge.consumer.name, math.nan),
+            distribution=shapes.get((site.edge.consumer.name, site.edge.path)),
         )
         for site in plan
         if site.encoding is not None

@@ -112,7 +112,7 @@ def error_bars(rows: Iterable[tuple[str, str, float]]) -> str:
     """Bars of dB: (name, note, value) each, in the order given; the scale ends at 60 dB."""
     shown = list(rows)
     height, label, full = 19, 205, 240
-    parts = [f'<svg viewBox="0 0 530 {height * len(shown) + 4}" width="100%" role="img">']
+    parts = [f'<svg viewBox="0 0 530 {height * len(shown) + 4}" width="620" role="img">']
     for k, (name, note, value) in enumerate(shown):
         y = k * height
         size = full * min(max(value, 0.0), 60.0) / 60 if not math.isnan(value) else 0.0

@@ -7,7 +7,7 @@ import json
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,8 @@ from qgraph.report.graph_view import GraphNode
 from qgraph.report.html import page
 from qgraph.report.layers import LayerRecord
 from qgraph.report.plain import number, plain
+from qgraph.report.samples import SampleImage
+from qgraph.report.sensitivity import SensitivityPoint
 from qgraph.report.text import table
 
 
@@ -90,6 +92,8 @@ class Report:
         graph: the ops of the quantized graph.
         cost: what the widths buy, or None.
         parity: how the backends compared, None before they were.
+        images: of segmentation models, with both masks.
+        sensitivity: what layers would cost at other widths, where that was measured.
     """
 
     pipeline: str
@@ -100,6 +104,8 @@ class Report:
     graph: tuple[GraphNode, ...] = field(default=())
     cost: Cost | None = None
     parity: Parity | None = None
+    images: tuple[SampleImage, ...] = field(default=())
+    sensitivity: tuple[SensitivityPoint, ...] = field(default=())
 
     @property
     def name(self) -> str:
@@ -114,6 +120,10 @@ class Report:
     def with_parity(self, found: Compared) -> Report:
         """A copy that tells how the backends compared."""
         return replace(self, parity=Parity.of(found))
+
+    def with_sensitivity(self, points: Iterable[SensitivityPoint]) -> Report:
+        """A copy that shows what layers would cost at other widths."""
+        return replace(self, sensitivity=tuple(points))
 
     def without_times(self) -> Report:
         """A copy in which the times of steps are nan, so that equal results are equal bytes."""
@@ -133,6 +143,8 @@ class Report:
             "graph": [node.to_dict() for node in self.graph],
             "cost": None if self.cost is None else self.cost.to_json(),
             "parity": None if self.parity is None else asdict(self.parity),
+            "images": [image.to_dict() for image in self.images],
+            "sensitivity": [point.to_dict() for point in self.sensitivity],
         })  # fmt: skip
         assert isinstance(data, dict)
         return data
@@ -154,6 +166,8 @@ class Report:
             graph=tuple(GraphNode.from_dict(item) for item in data["graph"]),
             cost=None if cost is None else Cost.from_json(cost),
             parity=None if parity is None else Parity(**{k: int(v) for k, v in parity.items()}),
+            images=tuple(SampleImage.from_dict(i) for i in data.get("images", ())),
+            sensitivity=tuple(map(SensitivityPoint.from_dict, data.get("sensitivity", ()))),
         )
 
     def to_json(self, path: str | Path | None = None) -> str:

@@ -101,6 +101,23 @@ background:var(--accent);color:#fff}
 #by-error:checked~.scroll rect.op{fill:var(--e)}
 #by-error:checked~.of-bits,#by-bits:checked~.of-error{display:none}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(480px,1fr));gap:6px 30px}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(270px,1fr));gap:14px;
+margin-top:12px}
+figure{margin:0}
+.cards figure{border:1px solid var(--line);border-radius:10px;padding:9px 12px}
+.cards figcaption{display:flex;gap:7px;align-items:center;font-size:12.5px}
+.cards figcaption b{flex:1;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
+.cards figcaption i{width:10px;height:10px;border-radius:3px}
+.cards small{display:block;color:var(--soft);font-size:11px;white-space:nowrap;overflow:hidden;
+text-overflow:ellipsis}
+.cards svg{margin:5px 0 1px}
+svg .hill{fill:var(--accent);fill-opacity:.22}
+svg .bars{stroke:var(--accent);stroke-width:2.6;stroke-opacity:.8}
+svg .ticks{stroke:var(--warn);stroke-width:1}
+svg .base{stroke:var(--line)}svg .zero{stroke:var(--soft);stroke-dasharray:2 3;stroke-opacity:.6}
+.strip{display:grid;grid-template-columns:repeat(4,minmax(90px,180px));gap:12px;margin-bottom:12px}
+.strip img{width:100%;border-radius:8px;display:block;image-rendering:pixelated}
+.strip figcaption{font-size:11.5px;color:var(--soft);margin-top:3px}
 details summary{cursor:pointer;color:var(--accent);font-size:13px;margin:6px 0}
 pre{margin:0;white-space:pre-wrap}
 """
