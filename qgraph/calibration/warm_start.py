@@ -35,16 +35,18 @@ class Warm:
     Attributes:
         damping, ridge, rounds: see `round_compensated`.
         relative: power of each row's own output energy that its error is divided by, as for
-            ranges (`calibration/output_ranges.py`), before a norm; elsewhere: `elsewhere`.
+            ranges (`calibration/output_ranges.py`), in linears and before a norm; the positions
+            of other convolutions count alike.
         beside: whether a product that ends in a residual sum makes up for the sum's error.
+        trust: how decided learning starts; see `Rounding.restart`.
     """
 
     damping: float = 0.3
     ridge: float = 1.0
     rounds: int = 2
     relative: float = 1.5
-    elsewhere: float = 1.5
     beside: bool = True
+    trust: float = 0.5
 
 
 class Unfolding:
@@ -117,7 +119,7 @@ def warm_start(problem: Problem, how: Warm, *, batch: int = 32) -> int:
                 )  # fmt: skip
             except ConfigError:
                 continue
-            place.rounding.restart(found.codes, found.target)
+            place.rounding.restart(found.codes, found.target, how.trust)
             done += 1
         student.set_weights(hard=True)
     return done
@@ -143,7 +145,8 @@ def _places(problem: Problem, how: Warm) -> list[list[_Place]]:
         twin = exact[node.name]
         read = data.name, cast(Node, twin.args[what.data]).name
         beside = _residual(node, twin) if how.beside else None
-        power = how.relative if is_normalised_after(twin) else how.elsewhere
+        weighed = kind(node) is OpKind.LINEAR or is_normalised_after(twin)
+        power = how.relative if weighed else 0.0
         place = _Place(rounding, Unfolding(node, rounding.source), read, beside, power)
         found.setdefault(data.name, []).append(place)
     return list(found.values())

@@ -16,6 +16,9 @@ from qgraph.errors import ConfigError
 from qgraph.formats.base import Encoding, along, check_scale
 
 
+FEW = 16  # up to so many thresholds, comparing with each is faster than a binary search
+
+
 def rank_dtype(num_levels: int) -> torch.dtype:
     """uint8 up to 256 levels, else int16."""
     return torch.uint8 if num_levels <= 256 else torch.int16
@@ -34,12 +37,22 @@ def levels_encode(x: Tensor, scale: Tensor, thresholds: Tensor, axis: int | None
     """
     units = x.to(torch.float32) / along(scale, axis, x.ndim)
     dtype = rank_dtype(thresholds.shape[-1] + 1)
+    if thresholds.ndim == 1 and thresholds.numel() <= FEW:
+        return _count_below(units, thresholds)
     if thresholds.ndim == 1:
         return torch.bucketize(units.contiguous(), thresholds).to(dtype)
     assert axis is not None, "thresholds per channel need an axis"
     moved = units.movedim(axis, 0)
     ranks = torch.searchsorted(thresholds, moved.reshape(moved.shape[0], -1).contiguous())
     return ranks.to(dtype).view(moved.shape).movedim(0, axis)
+
+
+def _count_below(units: Tensor, thresholds: Tensor) -> Tensor:
+    """uint8 ranks by one comparison per threshold; NaN gets the last rank, as in bucketize."""
+    above = torch.zeros_like(units, dtype=torch.uint8)
+    for threshold in thresholds:
+        above += units <= threshold
+    return above.neg_().add_(thresholds.numel())
 
 
 def levels_of(ranks: Tensor, levels: Tensor, axis: int | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qgraph.errors import ConfigError
 from qgraph.formats import LevelEncoding
-from qgraph.formats.levels import midpoints, rank_dtype
+from qgraph.formats.levels import levels_encode, midpoints, rank_dtype
 
 SCALES = st.floats(2.0**-8, 4.0, width=32)
 TABLES = st.sets(st.integers(-(2**14), 2**14), min_size=2, max_size=40).map(sorted)
@@ -85,6 +85,17 @@ def test_channels_are_encoded_as_if_each_were_alone(axis):
     ranks = whole.encode(x)
     assert torch.equal(ranks, torch.stack(parts, axis))
     assert torch.equal(whole.encode(whole.decode(ranks)), ranks)
+
+
+@pytest.mark.parametrize("count", [1, 3, 15, 16, 17])
+def test_comparing_and_searching_give_the_same_ranks(count):
+    generator = torch.Generator().manual_seed(count)
+    thresholds = torch.randint(1, 9, (count,), generator=generator).cumsum(0) - 20.5
+    odd = torch.tensor([float("nan"), float("inf"), -float("inf"), *thresholds.tolist()])
+    x = torch.cat([odd, torch.randn(200, generator=generator) * 40])
+    ranks = levels_encode(x, torch.tensor(1.0), thresholds)
+    assert torch.equal(ranks.long(), torch.bucketize(x, thresholds))
+    assert ranks.dtype is torch.uint8
 
 
 def test_ranks_of_large_tables_need_sixteen_bits():

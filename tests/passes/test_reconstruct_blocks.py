@@ -18,6 +18,7 @@ from qgraph.graph.dialect import encoding_of, is_quantize
 from qgraph.graph.trace import trace
 from qgraph.graph.verify import checksum, tensors
 from qgraph.passes import PackWeights, ReconstructBlocks, reconstruct_blocks
+from qgraph.passes.reconstruct_blocks import _Work
 from qgraph.pipeline import run_pipeline
 from qgraph.pipelines import pipeline
 
@@ -379,3 +380,85 @@ def test_each_method_has_its_learning_rate_unless_one_is_given():
     assert ReconstructBlocks().tuning().lr == 0.1
     assert ReconstructBlocks(rounding="ste").tuning().lr == 0.01
     assert ReconstructBlocks(lr=0.5).tuning().lr == 0.5
+
+
+def test_fewer_choices_are_open_the_longer_a_region_is_tuned(monkeypatch):
+    found = {}
+    real = reconstruct_blocks.tune
+
+    def spy(problem, tuning, **options):
+        outcome = real(problem, tuning, **options)
+        found.setdefault(tuning.steps, []).append(outcome)
+        return outcome
+
+    monkeypatch.setattr(reconstruct_blocks, "tune", spy)
+    for steps in (20, 160):
+        reconstructed(steps=steps, lr=2e-2)
+    short, long = (sum(o.undecided for o in found[steps]) for steps in (20, 160))
+    assert long < 0.7 * short
+    for outcome in found[160]:
+        shares = [share for step, _, share in outcome.history if step >= 0.2 * 160]
+        assert shares[-1] <= shares[0]
+
+
+def test_the_float_suffix_gets_no_gradient_and_gives_the_right_one():
+    start, _ = inserted()
+    work = _Work(ReconstructBlocks(global_weight=1.0), start, context_of(start), None)
+    region = work.regions[1]
+    judged = tuple(name for name in region.outputs if name in region.moving)
+    suffix = work.suffix(1, judged)
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randn(2, 5, 12, generator=generator).requires_grad_()
+    held = dict(suffix.run.named_parameters()) | dict(suffix.run.named_buffers())
+    assert not any(t.requires_grad for t in held.values())
+    suffix.run(given)[0].square().sum().backward()
+    way = torch.randn(2, 5, 12, generator=generator)
+    ends = [
+        float(suffix.run(given.detach() + sign * 1e-2 * way)[0].double().square().sum())
+        for sign in (1, -1)
+    ]
+    slope = (ends[0] - ends[1]) / 2e-2
+    assert float((given.grad * way).sum()) == pytest.approx(slope, rel=2e-2)
+    assert all(t.grad is None for t in held.values())
+
+
+def test_every_weight_is_learned_in_exactly_one_region():
+    start, _ = inserted()
+    for granularity in ("layer", "subblock", "block", "stage", "auto"):
+        work = _Work(ReconstructBlocks(granularity), start, context_of(start), None)
+        weights = {
+            n.name for n in start.graph.nodes
+            if is_quantize(n) and n.args[0].op == "get_attr"
+        }  # fmt: skip
+        assert set(work.groups) == weights
+        assert all(len(work.owners[name]) == 1 for name in weights)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_outputs_never_seen_come_nearer_for_nearly_every_network(seed):
+    torch.manual_seed(seed)
+    network = Mixer().eval().requires_grad_(False)
+    module = trace(network, data()[0])
+    chosen, context = prefix(), context_of(module, batches=data((64,) * 4))
+    run_pipeline(chosen, module, context)
+    start = shallow_copy(module)
+    assert ReconstructBlocks(**{**FAST, "warm_start": True, "steps": 10}).run(module, context)
+    module.recompile()
+    x = torch.cat(data(seed=100 + seed))
+    errors = [float((m(x) - network(x)).square().mean()) for m in (module, start)]
+    assert errors[0] < errors[1]
+
+
+def test_eight_bits_stay_as_good_as_they_are():
+    """Sums and norms cause most of what is left at 8 bits: the rest moves it by chance only."""
+    module = trace(model(), data()[0])
+    chosen = pipeline("int8")
+    chosen = dataclasses.replace(chosen, passes=chosen.passes[: chosen.index("hoist-quantizers")])
+    context = context_of(module, batches=data((64,) * 4))
+    run_pipeline(chosen, module, context)
+    start = shallow_copy(module)
+    ReconstructBlocks(**FAST | {"warm_start": True}).run(module, context)
+    module.recompile()
+    x = torch.cat(data(seed=1))
+    errors = [float((m(x) - model()(x)).square().mean()) for m in (module, start)]
+    assert errors[0] <= 1.05 * errors[1]
