@@ -12,6 +12,7 @@ from typing import ClassVar
 from torch.fx import GraphModule, Node
 
 from qgraph.calibration.assignment import Assignment, Problem, infeasible
+from qgraph.calibration.filtered_loss import objective_of
 from qgraph.calibration.fisher import Probing
 from qgraph.calibration.loader import adapter
 from qgraph.calibration.measure_units import METHODS, check_method, measure_units
@@ -129,7 +130,8 @@ class AssignBits(Pass):
             for unit in units.units if unit.pinned is None for site in unit.activations
         }  # fmt: skip
         how = Probing(
-            method=self.sensitivity, output=self.output, loss=context.loss, rows=self.rows,
+            method=self.sensitivity, output=self.output, rows=self.rows,
+            loss=None if objective_of(context.loss) else context.loss,
             seed=context.seed,
         )  # fmt: skip
         return measure_units(

@@ -7,6 +7,7 @@ quantized = qgraph.compile(model, calib_loader, pipeline="int8")
 import logging
 
 from qgraph.bisect import Bisection, bisect
+from qgraph.calibration.filtered_loss import FilteredGlobalLoss
 from qgraph.compiler import compile  # noqa: A004
 from qgraph.context import Context
 from qgraph.errors import (
@@ -43,6 +44,7 @@ __all__ = [
     "Context",
     "ExportError",
     "Fact",
+    "FilteredGlobalLoss",
     "InputError",
     "Pass",
     "PassError",

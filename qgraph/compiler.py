@@ -67,7 +67,9 @@ def compile(  # noqa: A001
         dynamic_shapes: as for torch.export; default: a dynamic batch.
         ignore: what stays in float: globs on module paths, node or parameter names, op kinds, or
             a predicate on nodes.
-        loss: objective for the passes that take one.
+        loss: objective for the passes that take one: a `FilteredGlobalLoss` (or another
+            teacher-student objective) compares the quantized outputs with the float ones, a plain
+            callable is the task's loss of (outputs, batch).
         metric_fn: scores a callable with the model's signature on development data, larger is
             better. With `max_drop`: bits are assigned so that the model is the cheapest whose
             metric drops by at most that much; at most 7 compilations, and always a result.
