@@ -126,11 +126,11 @@ def warm_start(problem: Problem, how: Warm, *, batch: int = 32) -> int:
 
 
 def _places(problem: Problem, how: Warm) -> list[list[_Place]]:
-    """Products with a weight of their own, those that read the same value together."""
+    """Products with a weight of their own, those that read the same rows together."""
     graph, exact = problem.student.graph, by_name(problem.exact)
     names = {id(module): name for name, module in problem.student.held.items()}
     shared = [id(rounding) for rounding in problem.student.roundings.values()]
-    found: dict[str, list[_Place]] = {}
+    found: dict[tuple[object, ...], list[_Place]] = {}
     for node in graph.graph.nodes:
         what = product(node)
         if what is None or not Unfolding.takes(node):
@@ -148,7 +148,9 @@ def _places(problem: Problem, how: Warm) -> list[list[_Place]]:
         weighed = kind(node) is OpKind.LINEAR or is_normalised_after(twin)
         power = how.relative if weighed else 0.0
         place = _Place(rounding, Unfolding(node, rounding.source), read, beside, power)
-        found.setdefault(data.name, []).append(place)
+        # A shortcut may read a value with another kernel or stride than the main path does.
+        rows = (data.name, place.rows.kernel, str(place.rows.options), place.rows.groups)
+        found.setdefault(rows, []).append(place)
     return list(found.values())
 
 
