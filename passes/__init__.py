@@ -16,13 +16,16 @@ from qgraph.passes.insert_quantizers import InsertQuantizers
 from qgraph.passes.normalize_ops import NormalizeOps
 from qgraph.passes.open_attention import OpenAttention
 from qgraph.passes.pack_weights import PackWeights
+from qgraph.passes.plan_heads import PlanHeads
 from qgraph.passes.plan_sites import PlanSites
 from qgraph.passes.quantize_biases import QuantizeBiases
 from qgraph.passes.raise_precision import RaisePrecision
 from qgraph.passes.reconstruct_blocks import ReconstructBlocks
 from qgraph.passes.reorder_channels import ReorderChannels
 from qgraph.passes.search_softmax_base import SearchSoftmaxBase
+from qgraph.passes.tune_ranges import TuneRanges
 from qgraph.passes.use_dual_regions import UseDualRegions
+from qgraph.passes.use_log_affine import UseLogAffine
 from qgraph.pipeline import Pass
 
 ALL: tuple[type[Pass], ...] = (
@@ -31,6 +34,7 @@ ALL: tuple[type[Pass], ...] = (
     FoldBatchNorm,
     OpenAttention,
     PlanSites,
+    PlanHeads,
     RaisePrecision,
     Calibrate,
     AssignBits,
@@ -41,9 +45,11 @@ ALL: tuple[type[Pass], ...] = (
     ReorderChannels,
     BalanceChannels,
     ChooseRanges,
+    UseLogAffine,
     ChooseWeightScales,
     InsertQuantizers,
     CompensateRounding,
+    TuneRanges,
     ReconstructBlocks,
     HoistQuantizers,
     QuantizeBiases,
@@ -67,11 +73,14 @@ __all__ = [
     "NormalizeOps",
     "OpenAttention",
     "PackWeights",
+    "PlanHeads",
     "PlanSites",
     "QuantizeBiases",
     "RaisePrecision",
     "ReconstructBlocks",
     "ReorderChannels",
     "SearchSoftmaxBase",
+    "TuneRanges",
     "UseDualRegions",
+    "UseLogAffine",
 ]

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qgraph.calibration.filtered_loss import objective_of
+from qgraph.calibration.importances import importances
 from qgraph.calibration.learnable import groups, observed_ports, owners, write
 from qgraph.calibration.loader import adapter
 from qgraph.calibration.reconstruction import tune
@@ -42,7 +45,7 @@ from qgraph.calibration.warm_start import Warm, warm_start
 from qgraph.context import Context
 from qgraph.errors import ConfigError, unknown_name
 from qgraph.graph.build import shallow_copy
-from qgraph.graph.extract import by_name, extract, slice_between
+from qgraph.graph.extract import by_name, extract, output_names, slice_between, structured
 from qgraph.graph.ops import product
 from qgraph.graph.regions import GRANULARITIES, Region, find_regions
 from qgraph.graph.verify import checksum, structure, tensors
@@ -71,6 +74,9 @@ class ReconstructBlocks(Pass):
         rounding: ``adaround`` (rectified sigmoid, annealed) or ``ste`` (straight through).
         global_weight, global_every, global_target: supervision behind the float rest of the
             network, of its ``features`` (input of the last product) or ``logits``.
+        objective_weight, objective_every: of a teacher-student ``loss=`` given to compile, behind
+            the float rest of the network; it then takes the place of `global_target`.
+        importance: whether output errors are weighed by the objective's squared gradients.
         local_weight: supervision of values inside the region.
         learn_steps: whether activation steps are learned.
         max_samples: calibration samples used.
@@ -98,6 +104,9 @@ class ReconstructBlocks(Pass):
     global_weight: float = 0.0
     global_every: int = 4
     global_target: str = "features"
+    objective_weight: float = 1.0
+    objective_every: int = 2
+    importance: bool = True
     local_weight: float = 0.0
     max_samples: int | None = 1024
     warm_start: bool = True
@@ -115,14 +124,15 @@ class ReconstructBlocks(Pass):
             msg = f"steps is {self.steps}, batch {self.batch}; allowed: steps >= 0, batch >= 1"
             raise ConfigError(msg)
 
-    def tuning(self) -> Tuning:
-        """The options as the optimiser takes them."""
+    def tuning(self, *, judged: bool = False) -> Tuning:
+        """The options as the optimiser takes them; `judged`: by an objective."""
         method: Method = "ste" if self.rounding == "ste" else "adaround"
         rate = LEARNING_RATES[method] if self.lr is None else self.lr
         return Tuning(
             steps=self.steps, batch=self.batch, lr=rate, step_lr=self.step_lr, drop=self.drop,
-            regularizer=self.regularizer, method=method, global_weight=self.global_weight,
-            global_every=self.global_every, local_weight=self.local_weight,
+            regularizer=self.regularizer, method=method, local_weight=self.local_weight,
+            global_weight=self.objective_weight if judged else self.global_weight,
+            global_every=self.objective_every if judged else self.global_every,
         )  # fmt: skip
 
     def start(self) -> Callable[[Problem], int]:
@@ -156,6 +166,9 @@ class _Work:
         self.groups = groups(module, self.owners)
         self.readers = last_readers([region.inputs for region in self.regions])
         self.seconds = 0.0
+        self.objective = objective_of(context.loss) if item.objective_weight > 0 else None
+        self.tuning = item.tuning(judged=self.objective is not None)
+        self.targets = self._targets()
         self.streams: Streams
 
     @classmethod
@@ -181,7 +194,7 @@ class _Work:
         )
         train, guard = split(exact, context.seed)
         work.streams = Streams(exact, quantized, train, guard)
-        if item.global_weight > 0 and saved is None:
+        if work.targets and saved is None:
             work.final_targets()
         if saved is None:
             work.save(0, {})
@@ -189,25 +202,23 @@ class _Work:
 
     def final_targets(self) -> None:
         """Run the float network once for the values that global supervision compares with."""
-        target = self.target()
-        if target is None:
-            return
+        targets = list(self.targets)
         inputs = [n.name for n in self.exact.graph.nodes if n.op == "placeholder"]
         held = [n for n in inputs if n in self.streams.exact.buckets[0].values]
-        self.streams.exact.advance(extract(self.exact, held, [target]), held, [target])
+        self.streams.exact.advance(extract(self.exact, held, targets), held, targets)
 
-    def target(self) -> str | None:
-        """The value that global supervision looks at; None if the network has no last product."""
-        weights = [w for region in self.regions for w in region.weights]
-        nodes = by_name(self.exact)
-        last = nodes[weights[-1]] if weights else None
+    def _targets(self) -> tuple[str, ...]:
+        """The values that global supervision looks at; none if there is nothing to supervise."""
+        if self.objective is not None:
+            return output_names(self.exact)
+        supervised = self.item.global_weight > 0
+        weights = [w for region in self.regions for w in region.weights if supervised]
+        last = by_name(self.exact)[weights[-1]] if weights else None
         what = None if last is None else product(last)
         if last is None or what is None:
-            return None
-        if self.item.global_target == "logits":
-            return last.name
-        source = last.args[what.data]
-        return source.name if isinstance(source, Node) else None
+            return ()
+        value = last if self.item.global_target == "logits" else last.args[what.data]
+        return (value.name,) if isinstance(value, Node) else ()
 
     def region(self, number: int) -> bool:
         """Tune a region, or take it over from the state directory; move both streams on."""
@@ -257,6 +268,8 @@ class _Work:
         problem = Problem(
             student, self.exact, teacher, ports, self.streams, self.suffix(number, judged)
         )
+        if problem.is_judged and item.importance:
+            problem.importance = importances(problem, batch=item.batch)
         seed = int.from_bytes(
             hashlib.sha256(f"{self.context.seed}/{region.name}/{number}".encode()).digest()[:7],
             "big",
@@ -269,7 +282,7 @@ class _Work:
                 self.context.progress_step(label, number * item.steps + step, total)
 
         start = item.start() if item.warm_start else None
-        outcome = tune(problem, item.tuning(), seed=seed, start=start, tick=tick)
+        outcome = tune(problem, self.tuning, seed=seed, start=start, tick=tick)
         if not outcome.accepted:
             return outcome, {}
         decisions: dict[str, Any] = {q: r.codes() for q, r in student.roundings.items()}
@@ -280,23 +293,27 @@ class _Work:
         return outcome, decisions
 
     def suffix(self, number: int, judged: tuple[str, ...]) -> Suffix | None:
-        """The float network behind a region, up to the supervised value."""
-        target = self.target() if self.item.global_weight > 0 else None
-        nodes = by_name(self.exact)
+        """The float network behind a region, up to the supervised values."""
+        nodes, targets = by_name(self.exact), list(self.targets)
         later = {n for region in self.regions[number + 1 :] for n in region.nodes}
-        if target is None or target not in later:
+        if not targets or not (self.objective is not None or targets[0] in later):
             return None
         wanted = {name for region in self.regions[number + 1 :] for name in region.inputs}
+        wanted |= set(targets)
         passing = [n for n in wanted if n not in later and n not in judged]
         order = {name: i for i, name in enumerate(nodes)}
         passing.sort(key=lambda n: order[n])
         made = tuple(n for n in judged if n in wanted)
-        inside, _ = slice_between(self.exact, [*made, *passing], [target])
-        read = {i.name for n in inside for i in n.all_input_nodes}
+        inside, _ = slice_between(self.exact, [*made, *passing], targets)
+        read = {i.name for n in inside for i in n.all_input_nodes} | set(targets)
         needed = tuple(n for n in passing if n in read)
-        run = extract(self.exact, [*made, *needed], [target])
-        logits = self.item.global_target == "logits"
-        return Suffix(run, made, needed, target, logits)
+        run = extract(self.exact, [*made, *needed], targets)
+        if (judge := self.objective) is not None:
+            pack = functools.partial(structured, self.exact)  # the model's own output structure
+            return Suffix(
+                run, made, needed, self.targets, objective=lambda a, b: judge(pack(a), pack(b))
+            )
+        return Suffix(run, made, needed, self.targets, self.item.global_target == "logits")
 
     def note(self, region: Region, outcome: Outcome | None) -> None:
         """Put the region into the report."""
@@ -322,10 +339,11 @@ class _Work:
         self.streams.quantized.drop(self._stale(self.streams.quantized, number))
 
     def _stale(self, stream: Stream, number: int) -> list[str]:
-        target = self.target() if self.item.global_weight > 0 else None
         names = {name for bucket in stream.buckets for name in bucket.values}
         return [
-            n for n in names if self.readers.get(n, -1) <= number and n not in {target, ROW_MASK}
+            n
+            for n in names
+            if self.readers.get(n, -1) <= number and n not in {*self.targets, ROW_MASK}
         ]
 
     def save(self, number: int, decisions: dict[str, Any], outcome: Outcome | None = None) -> None:
@@ -360,7 +378,7 @@ def _load(folder: Path | None, number: int) -> dict[str, Any] | None:
 def _signature(item: ReconstructBlocks, module: GraphModule, context: Context) -> str:
     """Hash of graph, tensors, options, seed and calibration data: what a saved state belongs to."""
     parts = (
-        str(item), context.seed, structure(module),
+        str(item), context.seed, structure(module), re.sub(r" at 0x\w+", "", repr(context.loss)),
         sorted((name, str(checksum(t))) for name, t in tensors(module).items()),
         list(_data(module, context)),
     )  # fmt: skip

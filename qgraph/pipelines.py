@@ -175,6 +175,28 @@ def budgeted(built: Pipeline, budget: Mapping[str, float]) -> Pipeline:
     return built.insert_after(passes.Calibrate.name, assign)
 
 
+def _det(weight_bits: int, activation_bits: int) -> tuple[Pass, ...]:
+    """Detectors, fully quantized: Reg-PTQ's filtered global loss and log-affine weights.
+
+    Last prediction layers stay in float, the first layer at 8 bits. What needs an objective takes
+    ``loss=`` of compile (`qgraph.FilteredGlobalLoss`); without it only local losses are used.
+    From 8-bit weights on nothing is learned: the searched ranges are within the noise already.
+    """
+    learned: tuple[Pass, ...] = (passes.TuneRanges(), passes.ReconstructBlocks())
+    return (
+        *front(),
+        passes.PlanSites(weight_bits=weight_bits, activation_bits=activation_bits),
+        passes.PlanHeads(),
+        passes.Calibrate(),
+        passes.ChooseRanges(),
+        passes.UseLogAffine(),
+        passes.ChooseWeightScales(),
+        passes.InsertQuantizers(),
+        *(learned if weight_bits < 8 else learned[:1]),
+        *back()[1:],
+    )
+
+
 def reconstructed(built: Pipeline) -> Pipeline:
     """A copy that learns rounding and steps region by region, once quantizers are in place."""
     if any(item.name == passes.ReconstructBlocks.name for item in built):
@@ -188,6 +210,7 @@ FAMILIES: dict[str, Family] = {
         Family("", "any model: affine formats, ranges by what the outputs see", _int),
         Family("ris", "vision and text together: dual regions, outlier channels in groups", _ris),
         Family("sam", "promptable segmentation: one-sided or centred keys, softmax bases", _sam),
+        Family("det", "detectors: filtered global loss, log-affine weights in the head", _det),
         Family(
             "vit",
             "vision transformers at few bits: block reconstruction",
@@ -213,7 +236,7 @@ def pipelines() -> dict[str, str]:
         prefix = f"{family.name}_" if family.name else ""
         for width in family.widths:
             listed[f"{prefix}{width}"] = family.purpose
-        if family.name != "vit":
+        if family.name not in {"vit", "det"}:
             listed[f"{prefix}int4_recon"] = f"{family.purpose}; rounding learned by blocks"
     for name in ("sirst_mixed", "sirst_mixed_recon"):
         listed[name] = "encoder-decoders in mixed precision: bits by resolution level, budgeted"

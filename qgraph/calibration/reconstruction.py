@@ -18,7 +18,6 @@ from torch import Tensor
 from qgraph.calibration.region_losses import (
     FLOOR,
     counted,
-    final_loss,
     inside_loss,
     output_loss,
 )
@@ -50,19 +49,14 @@ class _Terms:
         count = len(ports.outputs)
         wanted = streams.exact_rows(bucket, ports.outputs, picks)
         mask = streams.mask(bucket, picks)
-        terms = {"block": output_loss(made[:count], wanted, mask)}
+        weights = problem.weights(bucket, picks)
+        terms = {"block": output_loss(made[:count], wanted, mask, weights)}
         if tuning.local_weight and len(made) > count:
             with torch.no_grad():
                 inner = list(problem.teacher(*exact))[count:]
             terms["local"] = inside_loss(ports, made[count:], inner)
         if far and problem.suffix is not None:
-            suffix = problem.suffix
-            given = dict(zip(ports.outputs, made, strict=False))
-            passing = streams.exact_rows(bucket, suffix.passing, picks)
-            end = suffix.run(*(given[name] for name in suffix.made), *passing)[0]
-            target = streams.exact_rows(bucket, (suffix.target,), picks)[0]
-            softness = tuning.temperature if suffix.logits else None
-            terms["global"] = final_loss(end, target, softness)
+            terms["global"] = problem.far(made, bucket, picks, tuning.temperature)
         return terms
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:
@@ -87,25 +81,41 @@ def _mix(rough: Tensor, exact: Tensor, drop: float, coin: torch.Generator) -> Te
 
 
 @torch.no_grad()
-def hard_loss(problem: Problem, picks: list[list[int]], *, batch: int) -> float:
-    """Loss of the outputs with hard rounding on the quantized stream, over some samples."""
+def hard_loss(problem: Problem, picks: list[list[int]], *, batch: int) -> tuple[float, float]:
+    """Losses with hard rounding on the quantized stream, over some samples.
+
+    Returns that of the outputs, and the objective's (0 without one).
+    """
     problem.student.eval()
     problem.student.set_weights(hard=True)
     error: dict[str, float] = {}
     energy: dict[str, float] = {}
+    judged, count = 0.0, 0
     for bucket, members in enumerate(picks):
         for start in range(0, len(members), batch):
             part = torch.tensor(members[start : start + batch])
             inputs, _ = problem.streams.inputs(bucket, problem.ports.inputs, part)
-            made = problem.student.graph(*inputs)
+            made = list(problem.student.graph(*inputs))
             mask = problem.streams.mask(bucket, part)
             wanted = problem.streams.exact_rows(bucket, problem.ports.outputs, part)
-            for name, a, b in zip(problem.ports.outputs, made, wanted, strict=False):
-                gap, size = counted(a - b, mask), counted(b, mask)
+            weights = problem.weights(bucket, part) or [torch.ones(())] * len(wanted)
+            for name, a, b, w in zip(problem.ports.outputs, made, wanted, weights, strict=False):
+                gap, size = counted((a - b) * w.sqrt(), mask), counted(b * w.sqrt(), mask)
                 error[name] = error.get(name, 0.0) + float(gap.double().square().sum())
                 energy[name] = energy.get(name, 0.0) + float(size.double().square().sum())
+            if problem.is_judged:
+                judged += float(problem.far(made, bucket, part, 1.0)) * len(part)
+                count += len(part)
     shares = [error[name] / max(energy[name], FLOOR) for name in error]
-    return sum(shares) / len(shares) if shares else 0.0
+    block = sum(shares) / len(shares) if shares else 0.0
+    return block, judged / max(1, count)
+
+
+def verdict(now: tuple[float, float], nearest: tuple[float, float], weight: float) -> float:
+    """One number of both losses, in units of the block loss at round-to-nearest."""
+    if nearest[1] <= 0:
+        return now[0]
+    return now[0] + weight * max(nearest[0], FLOOR) * now[1] / nearest[1]
 
 
 def tune(
@@ -128,10 +138,15 @@ def tune(
     batch = tuning.batch if streams.exact.batching.dynamic else 1
     guard = streams.guard if any(streams.guard) else streams.train
 
-    def loss() -> float:
+    def losses() -> tuple[float, float]:
         return hard_loss(problem, guard, batch=4 * batch if batch > 1 else 1)
 
-    nearest, before = student.snapshot(), loss()
+    nearest, first = student.snapshot(), losses()
+
+    def loss() -> float:
+        return verdict(losses(), first, tuning.global_weight)
+
+    before = verdict(first, first, tuning.global_weight)
     best, least, warm = nearest, before, before
     if start is not None and start(problem):
         warm = loss()

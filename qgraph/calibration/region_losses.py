@@ -41,8 +41,19 @@ def counted(value: Tensor, mask: Tensor | None) -> Tensor:
     return value[mask]
 
 
-def output_loss(made: list[Tensor], wanted: list[Tensor], mask: Tensor | None = None) -> Tensor:
-    """Mean over ports of the squared error relative to the port's mean square, fp32."""
+def output_loss(
+    made: list[Tensor], wanted: list[Tensor], mask: Tensor | None = None,
+    importance: list[Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """Mean over ports of the squared error relative to the port's mean square, fp32.
+
+    `importance` weighs each element's error, such as a squared gradient (diagonal Fisher).
+    """
+    if importance is not None:
+        made, wanted = (
+            [v * w.sqrt() for v, w in zip(values, importance, strict=True)]
+            for values in (made, wanted)
+        )
     pairs = [(counted(a, mask), counted(b, mask)) for a, b in zip(made, wanted, strict=True)]
     terms = [F.mse_loss(a, b) / b.square().mean().clamp_min(FLOOR) for a, b in pairs]
     return torch.stack(terms).mean()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.fx import GraphModule
 
-from qgraph.calibration.region_losses import Ports
+from qgraph.calibration.region_losses import Ports, final_loss
 from qgraph.calibration.rounding import Method
 from qgraph.calibration.streams import ROW_MASK, Stream, read
 from qgraph.calibration.student import Student
@@ -58,15 +58,18 @@ class Suffix:
     Attributes:
         run: (region outputs, passing values) -> the final value.
         made: ports taken from the region; passing: ports taken from the float stream.
-        target: port of the float network's final value.
+        targets: ports of the float network's final values.
         logits: whether that is class logits (else features).
+        objective: judges all of them together instead: (made, wanted) -> scalar; passing values
+            are then those of the quantized network, as far as it has got.
     """
 
     run: Callable[..., tuple[Tensor, ...]]
     made: tuple[str, ...]
     passing: tuple[str, ...]
-    target: str
-    logits: bool
+    targets: tuple[str, ...]
+    logits: bool = False
+    objective: Callable[[list[Tensor], list[Tensor]], Tensor] | None = None
 
 
 @dataclass
@@ -137,6 +140,7 @@ class Problem:
         teacher: the float region: same inputs, same observed values.
         exact: the whole float graph.
         ports, streams, suffix: see their classes.
+        importance: per bucket and judged output the weight of each element's error, sample-major.
     """
 
     student: Student
@@ -145,3 +149,29 @@ class Problem:
     ports: Ports
     streams: Streams
     suffix: Suffix | None = None
+    importance: list[dict[str, Tensor]] | None = None
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether an objective looks at the network's outputs."""
+        return self.suffix is not None and self.suffix.objective is not None
+
+    def weights(self, bucket: int, picks: Tensor) -> list[Tensor] | None:
+        """Importance of the elements of the judged outputs for some samples."""
+        if self.importance is None:
+            return None
+        held = self.importance[bucket]
+        return [held[name][picks].flatten(0, 1) for name in self.ports.outputs]
+
+    def far(self, made: list[Tensor], bucket: int, picks: Tensor, softness: float) -> Tensor:
+        """What the float rest of the network makes of a region's outputs, against its targets."""
+        suffix = self.suffix
+        assert suffix is not None
+        given = dict(zip(self.ports.outputs, made, strict=False))
+        rough, exact = self.streams.inputs(bucket, suffix.passing, picks)
+        passing = exact if suffix.objective is None else rough
+        ends = suffix.run(*(given[name] for name in suffix.made), *passing)
+        wanted = self.streams.exact_rows(bucket, suffix.targets, picks)
+        if suffix.objective is not None:
+            return suffix.objective(list(ends), wanted)
+        return final_loss(ends[0], wanted[0], softness if suffix.logits else None)

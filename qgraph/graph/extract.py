@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves, tree_map
 
 from qgraph.errors import PassError
 
@@ -31,6 +32,22 @@ def is_size(node: Node) -> bool:
 def by_name(module: GraphModule) -> dict[str, Node]:
     """The nodes of a graph by name."""
     return {node.name: node for node in module.graph.nodes}
+
+
+def output_names(module: GraphModule) -> tuple[str, ...]:
+    """Names of the tensors that a graph returns, in the order of its flattened output."""
+    leaves = tree_leaves(module.graph.output_node().args[0])
+    return tuple(dict.fromkeys(n.name for n in leaves if isinstance(n, Node) and is_tensor(n)))
+
+
+def structured(module: GraphModule, values: Sequence[Tensor]) -> Any:
+    """The values of `output_names` in the structure that the module returns."""
+    given = dict(zip(output_names(module), values, strict=True))
+    flat = tree_map(
+        lambda leaf: given.get(leaf.name) if isinstance(leaf, Node) else leaf,
+        module.graph.output_node().args[0],
+    )
+    return module.graph._codegen.process_outputs(flat)
 
 
 def slice_between(

@@ -144,7 +144,8 @@ def find_regions(
         granularity: ``layer`` (one weight each), ``subblock`` (residual-closed), ``block``
             (merged by the innermost repeated module), ``stage`` (by its parent), or ``auto``:
             blocks, and where no cut closes before `max_products` weights, cuts with more live
-            values.
+            values; regions that read the same weight (heads shared over pyramid levels) are one
+            as long as that does not make them too large, so that it can be tuned.
         starts: names of further values at which the quantized network departs from the float one.
         max_products: see `granularity`.
 
@@ -164,6 +165,7 @@ def find_regions(
             spans = _merge(order, spans, stage=granularity == "stage")
         if granularity == "auto":
             spans = [p for span in spans for p in _split(order, span, max_products)]
+            spans = _join_shared(order, spans, max_products)
     return [_region(order, span) for span in spans]
 
 
@@ -294,6 +296,30 @@ def _chunks(order: _Order, spans: list[Span]) -> list[Span]:
         else:
             found.append((start, stop))
     return found
+
+
+def _join_shared(order: _Order, spans: list[Span], max_products: int) -> list[Span]:
+    """Join regions that read the same weight, if what lies between has few different weights."""
+    tensors = {node: _tensor(node) for node in order.weights}
+    found = list(spans)
+    for name in dict.fromkeys(t for t in tensors.values() if t):
+        calls = [order.at[n] for n in order.weights if tensors[n] == name]
+        inside = [s for s in found if s[0] <= calls[-1] and s[1] > calls[0]]
+        wide = (inside[0][0], inside[-1][1])
+        different = {
+            tensors[n] or n.name for n in order.weights if wide[0] <= order.at[n] < wide[1]
+        }
+        if len(inside) > 1 and len(different) <= max_products:
+            at = found.index(inside[0])
+            found[at : at + len(inside)] = [wide]
+    return found
+
+
+def _tensor(node: Node) -> str:
+    """Name of the stored tensor that a product reads, '' without one."""
+    what = product(node)
+    source = None if what is None else node.args[what.weight]
+    return str(source.target) if isinstance(source, Node) and source.op == "get_attr" else ""
 
 
 def _region(order: _Order, span: Span) -> Region:
