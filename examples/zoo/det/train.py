@@ -154,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kind", choices=sorted(MODELS), default="retinanet")
     parser.add_argument("--scenes", type=int, default=SCENES)
-    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--minutes", type=float, default=28.0, help="limit of CPU time")
     parser.add_argument("--peak-lr", type=float, default=2e-3)
