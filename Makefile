@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow check docs lint types format clean
+.PHONY: demo test fuzz test-slow check docs lint types format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,6 +17,9 @@ demo: $(STAMP)  ## compile real models, evaluate every backend, print one table
 
 test: $(STAMP)  ## everything that must hold, under 15 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow and not cuda"
+
+fuzz: $(STAMP)  ## random models x pipelines x backends, resumable, at most an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.validation.fuzz
 
 test-slow: $(STAMP)  ## the long suites
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow

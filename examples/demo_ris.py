@@ -23,7 +23,7 @@ SAMPLES, SHOWN, ZOOM = 64, 6, 2
 MIB = 1024**2
 
 
-def ris_rows(out: Path, pipelines: tuple[str, ...] = ("int8",)) -> list[Row]:
+def ris_rows(out: Path, pipelines: tuple[str, ...] = ("int8", "ris_int4")) -> list[Row]:
     """Compile with each pipeline, save ONNX files and a picture; a row per backend."""
     model = load_model()
     inputs, _ = next(iter(batches("development", 8, 8)))

@@ -95,4 +95,5 @@ class Context:
     ) -> None:  # fmt: skip
         """Add a line to the report."""
         name = site.name if isinstance(site, Node) else str(site)
-        self.decisions.append(Decision(by, name, outcome, reason, numbers))
+        given = {key: float(value) for key, value in numbers.items()}  # as they load from a file
+        self.decisions.append(Decision(by, name, outcome, reason, given))

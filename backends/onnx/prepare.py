@@ -28,7 +28,7 @@ from qgraph.backends.onnx.placement import place
 from qgraph.errors import ExportError
 from qgraph.formats import AffineEncoding
 from qgraph.graph import dialect
-from qgraph.graph.build import attribute, insert_buffer, insert_call, prune, shallow_copy
+from qgraph.graph.build import attribute, insert_buffer, insert_call, prune, set_value, shallow_copy
 
 aten = torch.ops.aten
 
@@ -77,6 +77,7 @@ def prepare(module: GraphModule, *, container: str) -> Prepared:
         if node.target is aten.linear.default:
             _lower_linear(prepared, node, flattened)
     clone.graph.eliminate_dead_code()
+    _retype_codes(clone)
     _flatten_signature(clone)
     prune(clone)
     clone.graph.lint()
@@ -324,6 +325,22 @@ def _quantize_flat(module: GraphModule, user: Node, product: Node, node: Node) -
     codes = insert_call(module, ops.QUANTIZE, product, *user.args[1:], like=user, before=user)
     user.replace_all_uses_with(_unflat(module, codes, node, user))
     module.graph.erase_node(user)
+
+
+def _retype_codes(module: GraphModule) -> None:
+    """Correct the dtypes of moved codes: their container is another one than in the graph."""
+    retyped: set[Node] = set()
+    for node in module.graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            continue
+        is_codes = value.dtype in {torch.int8, torch.uint8}
+        if node.target is ops.QUANTIZE or (is_codes and node.target is aten._to_copy.default):
+            retyped.add(node)
+        elif not retyped.isdisjoint(node.all_input_nodes):
+            set_value(module, node)
+            if node.meta["val"].dtype != value.dtype:
+                retyped.add(node)
 
 
 def _flatten_signature(module: GraphModule) -> None:
