@@ -329,18 +329,16 @@ def _quantize_flat(module: GraphModule, user: Node, product: Node, node: Node) -
 
 def _retype_codes(module: GraphModule) -> None:
     """Correct the dtypes of moved codes: their container is another one than in the graph."""
-    retyped: set[Node] = set()
+    holders: set[Node] = set()  # nodes that hold codes
     for node in module.graph.nodes:
         value = node.meta.get("val")
         if not isinstance(value, Tensor):
             continue
-        is_codes = value.dtype in {torch.int8, torch.uint8}
-        if node.target is ops.QUANTIZE or (is_codes and node.target is aten._to_copy.default):
-            retyped.add(node)
-        elif not retyped.isdisjoint(node.all_input_nodes):
+        if not holders.isdisjoint(node.all_input_nodes):
             set_value(module, node)
-            if node.meta["val"].dtype != value.dtype:
-                retyped.add(node)
+        narrow = node.meta["val"].dtype in {torch.int8, torch.uint8}
+        if narrow and node.op == "call_function":
+            holders.add(node)
 
 
 def _flatten_signature(module: GraphModule) -> None:
