@@ -32,7 +32,8 @@ _EXAMPLES = """examples:
   qgraph verify out/model.qgraph
   qgraph explain out/model.qgraph --runtime onnxruntime
   qgraph report out/model.qgraph --html report.html
-  qgraph bench out/model.qgraph out/model.onnx
+  qgraph bench out/model.qgraph out/model.onnx --data calib.py:loader
+  qgraph bisect model.py:build --data calib.py:loader --pipeline w4a4
   qgraph pipelines --show int8 > mine.toml
 
 exit codes: 0 done, 1 a verification failed, 2 wrong usage or an error with a message
@@ -98,6 +99,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--format", choices=config.FORMATS, default="toml")
     sub = add("passes", _passes, "list passes with their options", "passes plan-sites")
     sub.add_argument("name", nargs="?", help="show the options of one pass")
+    sub = add(
+        "bisect", _bisect, "name the pass and the layer that cost most; exit code 1 if one broke",
+        "bisect model.py:build --data calib.py:loader --pipeline w4a4",
+    )  # fmt: skip
+    _add_source(sub)
     sub = add("bench", _bench, "measure latency of saved models", "bench out/model.qgraph")
     sub.add_argument("models", type=Path, nargs="+", help=".qgraph or .onnx files")
     sub.add_argument("--data", help="inputs for .onnx files; default: the saved sample")
@@ -105,27 +111,36 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_compile(add: Callable[..., argparse.ArgumentParser]) -> None:
-    sub = add(
-        "compile", _compile, "quantize a model and write it, its ONNX file and its report",
-        "compile model.py:build --data calib.py:loader --pipeline w4a8 -o out/",
-    )  # fmt: skip
+def _add_source(sub: argparse.ArgumentParser) -> None:
+    """What commands take that run a pipeline over a model."""
     sub.add_argument("model", help="file.py:function or module:function; returns the model")
     sub.add_argument("--data", required=True, help="the same for calibration batches")
     choice = sub.add_mutually_exclusive_group()
     choice.add_argument("--pipeline", default="int8", help="a name; see `qgraph pipelines`")
     choice.add_argument("--config", type=Path, help="a pipeline as .toml, .yaml or .json file")
-    sub.add_argument("-o", "--output", type=Path, default=Path("out"), help="folder to write to")
     sub.add_argument("--ignore", action="append", default=[], help="what stays in float; a glob")
     sub.add_argument("--seed", type=int, default=0, help="of every random choice")
+
+
+def _add_compile(add: Callable[..., argparse.ArgumentParser]) -> None:
+    sub = add(
+        "compile", _compile, "quantize a model and write it, its ONNX file and its report",
+        "compile model.py:build --data calib.py:loader --pipeline w4a8 -o out/",
+    )  # fmt: skip
+    _add_source(sub)
+    sub.add_argument("-o", "--output", type=Path, default=Path("out"), help="folder to write to")
     sub.add_argument("--verify", choices=["on", "off", "full"], default="on")
     sub.add_argument("--no-onnx", action="store_true", help="write no ONNX file")
 
 
-def _compile(options: argparse.Namespace) -> int:
-    pipeline = (
+def _pipeline_of(options: argparse.Namespace) -> qgraph.Pipeline:
+    return (
         qgraph.pipeline(options.pipeline) if options.config is None else config.read(options.config)
     )
+
+
+def _compile(options: argparse.Namespace) -> int:
+    pipeline = _pipeline_of(options)
     out: Path = options.output
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -237,35 +252,56 @@ def _bench(options: argparse.Namespace) -> int:
     if options.repeat < 1:
         msg = f"--repeat is {options.repeat}; at least 1"
         raise ConfigError(msg)
-    rows: list[tuple[str, str, float]] = []
+    rows: list[tuple[str, str, list[float]]] = []
     given = None if options.data is None else _first(options.data)
     for path in options.models:
         loaded = qgraph.load(path)
         if isinstance(loaded, Session):
             call = _arguments(given, path)
-            rows.append((str(path), "onnx", _median(loaded, call, options.repeat)))
+            rows.append((str(path), "onnx", _times(loaded, call, options.repeat)))
             continue
         call = (
             (loaded.sample.args, loaded.sample.kwargs) if given is None else _arguments(given, path)
         )
         for backend in ("integer", "onnx"):
             lowered = loaded.lower(backend)
-            rows.append((str(path), backend, _median(lowered, call, options.repeat)))
+            rows.append((str(path), backend, _times(lowered, call, options.repeat)))
+    found = [
+        {"model": m, "backend": b, "ms": statistics.median(t), "fastest": min(t), "slowest": max(t),
+         "repeat": len(t), "threads": torch.get_num_threads(), "bytes": Path(m).stat().st_size}
+        for m, b, t in rows
+    ]  # fmt: skip
     if options.json:
-        _say(json.dumps([{"model": m, "backend": b, "ms": ms} for m, b, ms in rows]))
-    else:
-        _say(table(("model", "backend", "median ms"), [(m, b, f"{ms:.2f}") for m, b, ms in rows]))
+        _say(json.dumps(found))
+        return OK
+    lines = [
+        (r["model"], r["backend"], f"{r['ms']:.2f}", f"{r['fastest']:.2f} … {r['slowest']:.2f}",
+         f"{r['bytes']:,}")
+        for r in found
+    ]  # fmt: skip
+    _say(table(("model", "backend", "median ms", "range", "bytes"), lines))
     return OK
 
 
-def _median(model: Callable[..., Any], call: tuple[Any, Any], repeat: int) -> float:
+def _bisect(options: argparse.Namespace) -> int:
+    pipeline = _pipeline_of(options)
+    model, loader = _call(options.model), _call(options.data)
+    if isinstance(model, torch.nn.Module):
+        model.eval()
+    found = qgraph.bisect(pipeline, model, loader, ignore=options.ignore, seed=options.seed)
+    _say(found.to_json() if options.json else str(found))
+    return FAILED if found.broken else OK
+
+
+def _times(model: Callable[..., Any], call: tuple[Any, Any], repeat: int) -> list[float]:
+    """Milliseconds of each run."""
     model(*call[0], **call[1])  # the first run is another thing
     times = []
     for _ in range(repeat):
         start = time.perf_counter()
         model(*call[0], **call[1])
-        times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times)
+        times.append(1000 * (time.perf_counter() - start))
+    return times
 
 
 def _arguments(batch: Any, path: Path) -> tuple[tuple[Any, ...], dict[str, Any]]:

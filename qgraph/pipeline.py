@@ -180,7 +180,7 @@ class Pipeline:
     def _missing(self, step: int, item: Pass, fact: str) -> str:
         later = [p.name for p in self.passes[step + 1 :] if fact in p.establishes]
         lost = [p.name for p in self.passes[:step] if fact in p.invalidates]
-        why = f"{item.name} (step {step + 1} of {self.name}) requires the fact {fact!r}"
+        why = f"{item.name} (step {step + 1} of {self.name}) requires the fact {str(fact)!r}"
         if lost:
             return f"{why}, which {lost[-1]} invalidated"
         if later:

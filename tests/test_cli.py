@@ -80,6 +80,23 @@ def test_verify_takes_own_data_and_report_writes_a_page(project, capsys, tmp_pat
     assert "median" in capsys.readouterr().out
 
 
+def test_bisect_names_the_costliest_layer_and_bench_tells_times_and_sizes(project, capsys):
+    spec = project / "model.py"
+    source = [f"{spec}:build", "--data", f"{spec}:loader"]
+    assert main(["bisect", *source, "--pipeline", "w2a8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["pass_name"] == "insert-quantizers"
+    assert found["nodes"][0]["node"].startswith("linear")
+    assert main(["bisect", *source, "--pipeline", "itn8"]) == 2
+    assert "did you mean" in capsys.readouterr().err
+    path = project / "out" / "model.qgraph"
+    assert main(["bench", str(path), "--repeat", "3", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {r["backend"] for r in rows} == {"integer", "onnx"}
+    assert all(r["fastest"] <= r["ms"] <= r["slowest"] for r in rows)
+    assert all(r["bytes"] == path.stat().st_size for r in rows)
+
+
 def test_a_failed_verification_gives_exit_code_one(project, capsys, monkeypatch):
     def differs(self, inputs=None):
         raise qgraph.VerificationError("integer differs from reference at linear")
@@ -124,7 +141,16 @@ def test_wrong_usage_gives_exit_code_two_and_help_has_examples(capsys):
     capsys.readouterr()
     assert main(["--help"]) == 0
     assert "examples:" in capsys.readouterr().out
-    for name in ("compile", "explain", "verify", "report", "pipelines", "passes", "bench"):
+    for name in (
+        "compile",
+        "explain",
+        "verify",
+        "report",
+        "pipelines",
+        "passes",
+        "bench",
+        "bisect",
+    ):
         assert main([name, "--help"]) == 0
         assert f"example:\n  qgraph {name}" in capsys.readouterr().out
 

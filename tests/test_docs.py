@@ -68,7 +68,7 @@ def test_every_page_is_in_the_menu():
             yield from files(list(entry.values()))
 
     pages = {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")}
-    assert set(files(menu)) == pages
+    assert set(files(menu)) == pages, "put new pages under nav: in mkdocs.yml"
 
 
 def test_links_between_pages_lead_somewhere():
