@@ -35,6 +35,7 @@ from qgraph.graph.bit_units import Unit
 from qgraph.graph.build import attribute
 from qgraph.graph.ops import product
 from qgraph.graph.plan import Role, Site
+from qgraph.graph.verify import where
 
 Ranges = Mapping[Node, tuple[float, float]]
 METHODS = ("fisher", "sqnr")
@@ -173,6 +174,10 @@ class FisherSweep:
             msg = "the loss does not depend on the model's outputs in a differentiable way"
             raise CalibrationError(msg)
         found = torch.autograd.grad(objective, values, allow_unused=True)
+        for n, g in zip(nodes, found, strict=True):
+            if g is not None and not bool(torch.isfinite(g.square().sum())):
+                msg = f"the gradient at {where(n)} is not finite; look at the loss"
+                raise CalibrationError(msg)
         return {n: g.detach() for n, g in zip(nodes, found, strict=True) if g is not None}
 
     def _errors(

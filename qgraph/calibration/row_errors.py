@@ -140,9 +140,7 @@ def _pair(value: Any) -> tuple[int, int]:
 def _patches(node: Node, data: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
     """[n, C, kh, kw] of a 2-D convolution's input."""
     stride, dilation = _pair(argument(node, 3)), _pair(argument(node, 5))
-    padding = argument(node, 4)
-    sides = _same(weight, dilation) if padding == "same" else (0, 0)
-    rows, columns = sides if isinstance(padding, str) else _pair(padding)
+    rows, columns = _pair(argument(node, 4))
     x = F.pad(data, (columns, columns, rows, rows))
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[-2:], strict=True)]
     windows = x.unfold(2, reach[0], stride[0]).unfold(3, reach[1], stride[1])
@@ -150,11 +148,6 @@ def _patches(node: Node, data: Tensor, weight: Tensor, chosen: Tensor) -> Tensor
     height, width = windows.shape[2], windows.shape[3]
     image, place = chosen // (height * width), chosen % (height * width)
     return windows[image, :, place // width, place % width]
-
-
-def _same(weight: Tensor, dilation: tuple[int, int]) -> tuple[int, int]:
-    height, width = weight.shape[-2:]
-    return dilation[0] * (height - 1) // 2, dilation[1] * (width - 1) // 2
 
 
 @dataclass(frozen=True, slots=True)
