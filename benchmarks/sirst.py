@@ -52,7 +52,7 @@ class Settings:
         images: evaluation images; alone: images for one block at a time (development split).
         calibration: images. batch: images per forward.
         steps: of reconstruction per region; 0 leaves it out.
-        models: which networks.
+        models: which networks. tuned: those that are reconstructed as well.
     """
 
     images: int = 300
@@ -61,6 +61,7 @@ class Settings:
     batch: int = 16
     steps: int = 150
     models: tuple[str, ...] = ("resunet", "nested")
+    tuned: tuple[str, ...] = ("resunet",)
 
 
 QUICK = Settings(images=48, alone=16, calibration=16, steps=0, models=("resunet",))
@@ -87,18 +88,17 @@ class Study:
         for bits in WIDTHS[1:3]:  # at the cost of 2/2 only 2/2 is left
             for mode in ("spmix", "free"):
                 yield f"as uniform {bits}/{bits}: {mode}", lambda b=bits, m=mode: self.like(b, m)  # type: ignore[misc]
-        if self.settings.steps:
+        if self.settings.steps and self.name in self.settings.tuned:
             yield from self.tuned()
         for mode in ("spmix_delta", "greedy"):
             yield f"paper's ratios: {mode}", lambda m=mode: self.mixed(PAPER, m)  # type: ignore[misc]
 
     def tuned(self) -> Iterator[tuple[str, Callable[[], Cell]]]:
         """Cells with block reconstruction."""
-        for mode in ("spmix", "free"):
-            yield (
-                f"paper's ratios: {mode} + reconstruction",
-                lambda m=mode: self.mixed(PAPER, m, is_tuned=True),  # type: ignore[misc]
-            )
+        yield (
+            "paper's ratios: spmix + reconstruction",
+            lambda: self.mixed(PAPER, "spmix", is_tuned=True),
+        )
         yield "uniform 2/8 + reconstruction", lambda: self.quantize("sirst_w2a8_recon")
 
     def quantize(self, name: str) -> Cell:
