@@ -88,10 +88,10 @@ class Study:
         for bits in WIDTHS[1:3]:  # at the cost of 2/2 only 2/2 is left
             for mode in ("spmix", "free"):
                 yield f"as uniform {bits}/{bits}: {mode}", lambda b=bits, m=mode: self.like(b, m)  # type: ignore[misc]
-        if self.settings.steps and self.name in self.settings.tuned:
-            yield from self.tuned()
         for mode in ("spmix_delta", "greedy"):
             yield f"paper's ratios: {mode}", lambda m=mode: self.mixed(PAPER, m)  # type: ignore[misc]
+        if self.settings.steps and self.name in self.settings.tuned:
+            yield from self.tuned()
 
     def tuned(self) -> Iterator[tuple[str, Callable[[], Cell]]]:
         """Cells with block reconstruction."""
@@ -263,16 +263,18 @@ def pictures(results: dict[str, Cell], model: str, folder: Path) -> None:
         (folder / f"sirst_{model}_front.svg").write_text(text)
 
 
-def run(settings: Settings, path: Path) -> dict[str, Cell]:
-    """Measure what is missing in `path`."""
+def run(settings: Settings, path: Path, *, most: int | None = None) -> dict[str, Cell]:
+    """Measure what is missing in `path`, at most so many cells."""
+    done = 0
     results: dict[str, Cell] = json.loads(path.read_text()) if path.exists() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     for model in settings.models:
         study = Study(model, settings, results)
         for name, work in study.cells():
             key = f"{model} | {name}"
-            if key in results:
+            if key in results or done == most:
                 continue
+            done += 1
             results[key] = work()
             path.write_text(json.dumps(results, indent=0))
             shown = results[key]["iou"] if "union" in results[key] else "done"
@@ -286,6 +288,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one network, little data")
     parser.add_argument("--models", nargs="+", choices=sorted(sirst.MODELS))
+    parser.add_argument("--cells", type=int, help="stop after so many; the next run goes on")
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
     args = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)  # torch's own, from copying pytree specs
@@ -295,7 +298,7 @@ def main() -> None:
     settings = QUICK if args.quick else Settings()
     if args.models:
         settings = replace(settings, models=tuple(args.models))
-    results = run(settings, path)
+    results = run(settings, path, most=args.cells)
     for model in settings.models:
         pictures(results, model, path.parent)
         print(tables(results, model), end="\n\n")

@@ -53,7 +53,7 @@ class AssignBits(Pass):
         weight_choices, activation_choices: widths to choose from.
         sensitivity: ``fisher``, ``output``, ``loss`` or ``sqnr``; see `qgraph.sensitivity`.
         output: what outputs mean without a loss: ``plain``, ``sigmoid``, ``softmax``.
-        rows: sampled rows per product and batch.
+        rows: sampled rows per product and sample.
         choose_clips: whether activation ranges are taken from the same measurement.
 
     Raises:
@@ -72,7 +72,7 @@ class AssignBits(Pass):
     activation_choices: tuple[int, ...] = (3, 4, 5, 6, 8)
     sensitivity: str = "fisher"
     output: str = "plain"
-    rows: int = 128
+    rows: int = 8
     choose_clips: bool = True
 
     def __post_init__(self) -> None:

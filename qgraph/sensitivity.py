@@ -165,7 +165,7 @@ def sensitivity(  # noqa: PLR0913 - all options are keyword-only
     output: str = "plain",
     loss: Loss | None = None,
     targets: Callable[[Any, Any], torch.Tensor] | None = None,
-    rows: int = 128,
+    rows: int = 8,
     ignore: Pattern | Iterable[Pattern] = (),
     example_inputs: Any = None,
     transform: Callable[[Any], Any] | None = None,
@@ -187,7 +187,7 @@ def sensitivity(  # noqa: PLR0913 - all options are keyword-only
             or ``"softmax"`` (KL divergence).
         loss: (model's output, batch) -> scalar tensor; `batch` as the loader yields it.
         targets: (model's output, batch) -> bool [B, 1, H, W] for ``"sqnr"``; default: output > 0.
-        rows: sampled output rows per product and batch.
+        rows: sampled output rows per product and sample.
         ignore: products to leave out.
         state_file: where sums are kept after each batch; a killed run goes on from there. In a
             torch.distributed job ranks share the batches.

@@ -78,7 +78,7 @@ def test_omegas_fall_with_bits_for_weights_and_inputs():
 
 def test_more_rows_and_seeds_agree_with_each_other():
     first, second = (
-        qgraph.sensitivity(tiny_unet(), images(), rows=512, seed=seed, **WIDTHS) for seed in (0, 1)
+        qgraph.sensitivity(tiny_unet(), images(), rows=128, seed=seed, **WIDTHS) for seed in (0, 1)
     )
     other = {row.name: row for row in second.rows}
     for row in first.rows:
@@ -149,9 +149,9 @@ def test_a_state_of_other_settings_is_not_used(tmp_path):
     path = tmp_path / "state.json"
     qgraph.sensitivity(tiny_unet(), images(1), state_file=path, **WIDTHS)
     key = json.loads(path.read_text())["key"]
-    other = qgraph.sensitivity(tiny_unet(), images(1), state_file=path, rows=16, **WIDTHS)
+    other = qgraph.sensitivity(tiny_unet(), images(1), state_file=path, rows=4, **WIDTHS)
     assert json.loads(path.read_text())["key"] != key
-    assert other == qgraph.sensitivity(tiny_unet(), images(1), rows=16, **WIDTHS)
+    assert other == qgraph.sensitivity(tiny_unet(), images(1), rows=4, **WIDTHS)
 
 
 def test_ranks_share_the_batches_and_their_sums_add_up(monkeypatch):

@@ -52,7 +52,7 @@ class Probing:
         loss: (model's output, batch) -> scalar; replaces `output`.
         targets: (model's output, batch) -> bool [B, 1, H, W], for ``sqnr``.
         background: weight of what is no target.
-        rows: sampled per product and batch.
+        rows: drawn per product and sample of a batch, so that the cost follows the network's own.
         seed: of rows and projections.
     """
 
@@ -61,7 +61,7 @@ class Probing:
     loss: Loss | None = None
     targets: Callable[[Any, Any], Tensor] | None = None
     background: float = 0.1
-    rows: int = 128
+    rows: int = 8
     seed: int = 0
 
 
@@ -190,7 +190,8 @@ class FisherSweep:
         outer = self.sites.get((node, what.data))
         is_constant = inner is not None and inner.role is Role.WEIGHT
         if is_constant and has_rows(node) and outer is not None:
-            rows = sample_rows(node, data, weight, gradient, count=self.how.rows, seed=draw)
+            count = max(1, self.how.rows * data.shape[0])
+            rows = sample_rows(node, data, weight, gradient, count=count, seed=draw)
             groups = rows.data.shape[1]
             candidates = [grouped(w, groups) for w in self._quantized(node, inner)]
             low, high = self.ranges[outer.value]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import qgraph
 from qgraph import compiler
@@ -148,3 +149,39 @@ def test_milliseconds_without_a_latency_model_are_refused(model, data):
     module, context = observe(model, data, bits=(8, 8))
     with pytest.raises(ConfigError, match="needs a latency model"):
         AssignBits(budget={"ms": 5.0}).run(module, context)
+
+
+class Tokens(nn.Module):
+    """Two attention layers over tokens: no image, so levels are pseudo-levels."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(8, 16)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, activation="gelu")
+            for _ in range(2)
+        )
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.embed(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("name", ["int8", "ris_int4", "sam_int4", "vit_int4"])
+def test_budgets_hold_for_transformers_in_every_family(name):
+    torch.manual_seed(0)
+    model = Tokens().eval()
+    data = [torch.randn(4, 6, 8) for _ in range(2)]
+    chosen = qgraph.pipeline(name, {"size": 0.15, "bops": 0.04})
+    if name.startswith("vit"):
+        chosen = chosen.without("reconstruct-blocks")
+    quantized = qgraph.compile(model, data, chosen)
+    cost = cost_of(quantized)
+    assert 1 / cost.weight_ratio <= 0.15
+    assert 1 / cost.bit_operations_ratio <= 0.04
+    assert torch.equal(quantized(data[0]), quantized.lower("reference")(data[0]))
+    run = quantized.lower("onnx")(data[0])
+    assert run.shape == quantized(data[0]).shape
