@@ -24,7 +24,7 @@ from qgraph.graph.plan import Site
 from qgraph.graph.tensors import weight_keys
 from qgraph.pipeline import Fact, Pass, Promise
 
-SCOPES = ("head", "regression", "all")
+PARTS = ("head", "regression", "all")
 MAX_BITS = 5  # beyond, uniform steps are finer than what the logarithm could gain
 FEW = 64  # a channel with fewer weights than this shares one table with all others
 
@@ -38,7 +38,7 @@ class UseLogAffine(Pass):
     A weight that several pyramid levels read has one quantizer.
 
     Attributes:
-        scope: weights of the ``head``, of the ``regression`` branch, or ``all``.
+        part: weights of the ``head``, of the ``regression`` branch, or ``all``.
         min_gain_db: by how much the error must fall; minus infinity forces the format.
         decoder: ``exact``, or ``shift`` for targets without multipliers (3 to 4 bits at most).
         reserve_zero: keep an exact zero, for pruned weights.
@@ -50,7 +50,7 @@ class UseLogAffine(Pass):
     promise: ClassVar[Promise] = Promise.IDENTICAL
     requires: ClassVar[frozenset[str]] = frozenset({Fact.PLANNED})
 
-    scope: str = "head"
+    part: str = "head"
     min_gain_db: float = 0.0
     decoder: str = "exact"
     reserve_zero: bool = False
@@ -60,9 +60,9 @@ class UseLogAffine(Pass):
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.scope not in SCOPES:
-            what = "scope"
-            raise unknown_name(what, self.scope, SCOPES)
+        if self.part not in PARTS:
+            what = "part of the network"
+            raise unknown_name(what, self.part, PARTS)
         if self.decoder not in DECODERS:
             what = "decoder"
             raise unknown_name(what, self.decoder, DECODERS)
@@ -88,14 +88,14 @@ class UseLogAffine(Pass):
         return False
 
     def _members(self, module: GraphModule, context: Context) -> frozenset[Node] | None:
-        """Nodes in scope; None for all, none at all where there is no head."""
-        if self.scope == "all":
+        """Nodes of the part; None for all, none at all where there is no head."""
+        if self.part == "all":
             return None
         heads = find_heads(module, boxes=self.boxes, classes=self.classes, head=self.head)
         if isinstance(heads, str):
             context.record(self.name, "outputs", "refused", heads)
             return frozenset()
-        return heads.head if self.scope == "head" else heads.regression
+        return heads.head if self.part == "head" else heads.regression
 
     def _decide(self, module: GraphModule, context: Context, name: str, sites: list[Site]) -> None:
         site = sites[0]

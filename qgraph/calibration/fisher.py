@@ -158,6 +158,8 @@ class FisherSweep:
         self, runner: _Forward, outputs: Any, batch: Any, seed: int
     ) -> dict[Node, Tensor]:
         nodes = [n for n in self.nodes if n in runner.kept]
+        if not nodes:  # nothing to choose bits for, such as a graph of adds
+            return {}
         values = [runner.kept[n][2] for n in nodes]
         if self.how.method == "sqnr":
             mask = target_mask(outputs, batch, self.how.targets)

@@ -112,14 +112,14 @@ def test_log_affine_is_used_in_the_head_only_and_shared_weights_have_one_quantiz
     tables = levels(model)
     assert len(tables) == 2
     assert all("tower" in name for name in tables)
-    everywhere = UseLogAffine(min_gain_db=float("-inf"), scope="all")
+    everywhere = UseLogAffine(min_gain_db=float("-inf"), part="all")
     assert len(levels(compiled(plain().replace("use-log-affine", everywhere)))) > 2
     never = UseLogAffine(min_gain_db=1000.0)
     assert not levels(compiled(plain().replace("use-log-affine", never)))
 
 
 def test_the_format_is_chosen_by_its_measured_error() -> None:
-    model = compiled(plain().replace("use-log-affine", UseLogAffine(scope="all")))
+    model = compiled(plain().replace("use-log-affine", UseLogAffine(part="all")))
     judged = [d for d in decisions(model, "use-log-affine") if "gain_db" in d.numbers]
     assert judged
     assert all((d.numbers["gain_db"] > 0) == (d.outcome == "applied") for d in judged)
@@ -127,7 +127,7 @@ def test_the_format_is_chosen_by_its_measured_error() -> None:
 
 @pytest.mark.parametrize("decoder", ["exact", "shift"])
 def test_detections_are_the_same_on_all_backends(decoder: str) -> None:
-    forced = UseLogAffine(min_gain_db=float("-inf"), scope="all", decoder=decoder)
+    forced = UseLogAffine(min_gain_db=float("-inf"), part="all", decoder=decoder)
     model = compiled(plain().replace("use-log-affine", forced))
     (x,) = images(8, seed=5)
     reference = model.lower("reference")(x)
@@ -223,7 +223,7 @@ def test_the_same_seed_gives_the_same_codes() -> None:
 def test_bad_options_are_refused() -> None:
     for make in (
         lambda: PlanHeads(last="4"), lambda: PlanHeads(adds="4"), lambda: PlanHeads(parts="head"),
-        lambda: UseLogAffine(scope="neck"), lambda: UseLogAffine(decoder="log"),
+        lambda: UseLogAffine(part="neck"), lambda: UseLogAffine(decoder="log"),
         lambda: TuneRanges(steps=-1), lambda: ReconstructBlocks(steps=-1),
     ):  # fmt: skip
         with pytest.raises(ConfigError):
