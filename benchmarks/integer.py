@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole models in integers against eager float: CPU time of one batch, medians of interleaved runs.
 
-`python -m benchmarks.integer [--models minilm vit unet] [--pipeline int8] [--compile]`
+`python -m benchmarks.integer [--models minilm vit unet zoo-ris ...] [--pipeline int8] [--compile]`
 
 Prints one JSON line per model: milliseconds and ratios to eager float, how many codes were
 compared with the reference and how many differ (0 is the contract), accumulator widths, islands.
+With `--metric N`, zoo models are also scored on N development samples by every backend.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.onnx_models import Case, minilm, unet, vit
+from benchmarks.zoo_models import METRICS, ZOO
 from qgraph.backends import integer, parity, reference
+from qgraph.backends import onnx as onnx_backend
 from qgraph.compiler import compile as compile_model
 
-CASES: dict[str, Callable[[int], Case]] = {"minilm": minilm, "vit": vit, "unet": unet}
+CASES: dict[str, Callable[[int], Case]] = {"minilm": minilm, "vit": vit, "unet": unet, **ZOO}
 
 
 def cpu_times(functions: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:
@@ -41,7 +44,9 @@ def cpu_times(functions: dict[str, Callable[[], Any]], runs: int) -> dict[str, f
     return {name: statistics.median(times) for name, times in found.items()}
 
 
-def measure(name: str, pipeline: str, *, runs: int, compiled: bool) -> dict[str, Any]:
+def measure(
+    name: str, pipeline: str, *, runs: int, compiled: bool, scored: int = 0
+) -> dict[str, Any]:
     """Quantize one model, check the codes, time all backends."""
     case = CASES[name](4)
     quantized = compile_model(case.model, case.calibration, pipeline, verify=False, progress=False)
@@ -61,6 +66,11 @@ def measure(name: str, pipeline: str, *, runs: int, compiled: bool) -> dict[str,
     with torch.no_grad():
         times = cpu_times(functions, runs)
     report = parity.compare(graph, ((), batch))
+    metrics = {}
+    if scored and name in METRICS:
+        runners: dict[str, Callable[..., Any]] = {"float": case.model, "reference": model, "integer": lowered,
+                   "onnx": onnx_backend.lower(graph)}  # fmt: skip
+        metrics = {who: round(METRICS[name](run, scored), 3) for who, run in runners.items()}
     rows = lowered.explain()
     return {
         "model": name, "pipeline": pipeline, "ms": {k: round(v, 2) for k, v in times.items()},
@@ -69,7 +79,8 @@ def measure(name: str, pipeline: str, *, runs: int, compiled: bool) -> dict[str,
         "free_mismatches": sum(row.free.mismatches for row in report.rows),
         "saturated_rows": sum(row.saturated > 0 for row in report.rows), "rows": len(report.rows),
         "accumulator_bits": max(row.accumulator_bits or 0 for row in rows),
-        "islands": len(rows.islands), "kernels": _count(row.kernel for row in rows),
+        "metric": metrics, "islands": len(rows.islands),
+        "kernels": _count(row.kernel for row in rows),
     }  # fmt: skip
 
 
@@ -87,12 +98,16 @@ def main() -> None:
     parser.add_argument("--pipeline", default="int8")
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--compile", action="store_true", help="also through torch.compile")
+    parser.add_argument("--metric", type=int, default=0, help="development samples to score")
     options = parser.parse_args()
     host = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     host |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     print(json.dumps({"host": host}))
     for name in options.models:
-        result = measure(name, options.pipeline, runs=options.runs, compiled=options.compile)
+        result = measure(
+            name, options.pipeline, runs=options.runs, compiled=options.compile,
+            scored=options.metric,
+        )  # fmt: skip
         print(json.dumps(result), flush=True)
 
 
