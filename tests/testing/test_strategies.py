@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import HealthCheck, find, given, settings
@@ -127,3 +130,12 @@ def test_every_form_of_loader_calibrates(data):
         case.model(), loader.batches(), "int8", example_inputs=case.inputs(), verify=False
     )
     assert quantized.report.layers
+
+
+def test_without_hypothesis_the_import_says_what_to_install():
+    program = "import sys; sys.modules['hypothesis'] = None; import qgraph; import qgraph.testing"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert 'pip install "qgraph[testing]"' in done.stderr
