@@ -78,6 +78,13 @@ def test_links_between_pages_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_files_that_pages_name_exist():
+    name = re.compile(r"`((?:tests|passes|backends|docs|examples|benchmarks|qgraph)/[\w./-]+)`")
+    for page in PAGES:
+        for path in name.findall(page.read_text()):
+            assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("mkdocs") is None, reason="needs the extra [docs]")
 def test_the_site_builds_without_a_warning(tmp_path):

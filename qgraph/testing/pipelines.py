@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from hypothesis import strategies as st
 
 from qgraph.pipeline import Pipeline
@@ -27,4 +29,6 @@ def pipelines(draw: st.DrawFn, *, reconstruction: bool = False) -> Pipeline:
         options["scope"] = draw(st.sampled_from(["full", "linear"]))
     if draw(st.booleans()):
         options["ends_bits"] = draw(st.sampled_from([2, 4, 8]))
-    return pipeline(name, **options)
+    built = pipeline(name)
+    planned = dataclasses.replace(built["plan-sites"], **options)
+    return built.replace("plan-sites", planned)
