@@ -41,6 +41,7 @@ INSIDE = {"local_weight": 0.25}
 VARIANTS: dict[str, tuple[str, Options | None]] = {
     "RTN": ("", None),
     "start points": ("vit_", None),
+    "warm start": ("vit_", {"steps": 0}),
     "AdaRound per layer": ("vit_", {"granularity": "layer"}),
     "OBR": ("vit_", {}),
     "OBR + EBGS": ("vit_", FAR),
@@ -167,13 +168,22 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=KINDS, default=["vit"])
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3])
     parser.add_argument("--split", choices=("development", "evaluation"), default="development")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--calibration", type=int, default=256, help="images")
+    parser.add_argument("--samples", type=int, default=2000, help="images scored")
+    parser.add_argument("--steps", type=int, default=400, help="per region")
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    settings = Settings(split=args.split)
+    settings = Settings(
+        args.calibration, args.samples, args.steps, tuple(range(args.seeds)), args.split
+    )
     if args.quick:
         settings = Settings(64, 200, 40, (0,), args.split)
     rows = saved(args.results)
     for case in cases(tuple(args.models), tuple(args.bits), settings):
+        if case.variant not in args.variants:
+            continue
         key = case.key(settings)
         if key not in rows:
             rows[key] = measure(case, settings)
