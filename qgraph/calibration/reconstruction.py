@@ -124,8 +124,9 @@ def tune(
 ) -> Outcome:  # fmt: skip
     """Optimise a region; on return the student is hard and holds the best of what was tried.
 
-    Round-to-nearest, the warm start and what was learned from the better of the two are compared
-    by the held-out loss.
+    Round-to-nearest, the warm start, and what was learned from round-to-nearest are compared by
+    the held-out loss. Learning from the warm start was tried: on the zoo's ViT (W3A3, 80 steps)
+    it ended at 13.5 to 14.0 dB, learning from round-to-nearest at 14.5.
 
     Args:
         problem: the region; its student is changed.
@@ -152,8 +153,7 @@ def tune(
         warm = loss()
         if math.isfinite(warm) and warm < before:
             best, least = student.snapshot(), warm
-        else:
-            student.restore(nearest)
+        student.restore(nearest)
     generator = torch.Generator().manual_seed(seed)
     with torch.enable_grad():
         history = _descend(problem, tuning, generator, batch, tick)

@@ -39,11 +39,8 @@ class Rounding:
         self.restart(encoding.encode(weight).to(torch.int32), weight)
 
     @torch.no_grad()
-    def restart(self, codes: Tensor, toward: Tensor, trust: float = 0.0) -> None:
-        """Start from other codes; the other level of each choice lies towards another weight.
-
-        `trust` moves each start from where that weight lies (0) to its code (1).
-        """
+    def restart(self, codes: Tensor, toward: Tensor) -> None:
+        """Start from other codes; the other level of each choice lies towards another weight."""
         low, high, self.low_code = neighbours(toward, self.encoding, codes)
         self.low, self.gap = low, high - low
         self.scale = scale_of(self.encoding, toward)
@@ -53,7 +50,6 @@ class Rounding:
         fraction = ((units - low) / self.gap.clamp_min(1)).clamp(0.0, 1.0)
         start = torch.where(up, fraction.clamp_min(0.5 + NUDGE), fraction.clamp_max(0.5 - NUDGE))
         self.choice = up.to(torch.float32)
-        start = start + trust * (self.choice - start)
         self.frozen = ~self.free
         if self.method == "adaround":
             start = torch.logit((start - STRETCH_LOW) / (STRETCH_HIGH - STRETCH_LOW))

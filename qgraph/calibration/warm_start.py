@@ -38,7 +38,6 @@ class Warm:
             ranges (`calibration/output_ranges.py`), in linears and before a norm; the positions
             of other convolutions count alike.
         beside: whether a product that ends in a residual sum makes up for the sum's error.
-        trust: how decided learning starts; see `Rounding.restart`.
     """
 
     damping: float = 0.3
@@ -46,7 +45,6 @@ class Warm:
     rounds: int = 2
     relative: float = 1.5
     beside: bool = True
-    trust: float = 0.5
 
 
 class Unfolding:
@@ -119,7 +117,7 @@ def warm_start(problem: Problem, how: Warm, *, batch: int = 32) -> int:
                 )  # fmt: skip
             except ConfigError:
                 continue
-            place.rounding.restart(found.codes, found.target, how.trust)
+            place.rounding.restart(found.codes, found.target)
             done += 1
         student.set_weights(hard=True)
     return done

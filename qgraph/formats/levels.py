@@ -15,7 +15,6 @@ from torch import Tensor
 from qgraph.errors import ConfigError
 from qgraph.formats.base import Encoding, along, check_scale
 
-
 FEW = 16  # up to so many thresholds, comparing with each is faster than a binary search
 
 
