@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -107,7 +108,10 @@ class Bisection:
             (p.name, p.outcome, "yes" if p.changed else "", _db(p.sqnr), _percent(p.share))
             for p in self.passes
         ]
-        parts = [self.reason, table(("pass", "promise", "changed", "outputs dB", "of error"), rows)]
+        parts = [
+            textwrap.fill(self.reason, 100),
+            table(("pass", "promise", "changed", "outputs dB", "of error"), rows),
+        ]
         if self.nodes:
             lines = [
                 (n.node, n.path, _db(n.local), _db(n.output), _percent(n.share), n.line)
