@@ -14,6 +14,7 @@ from qgraph.errors import unknown_name
 from qgraph.formats import check_bits
 from qgraph.graph.ignore import Ignore
 from qgraph.graph.ops import OpKind, kind
+from qgraph.graph.plan import Role
 from qgraph.pipeline import Fact, Pass, Promise
 
 
@@ -27,6 +28,7 @@ class RaisePrecision(Pass):
         heads: products from which no attention can be reached any more get it: the last
             projections and the heads, whose error nothing averages out.
         high: further globs on module paths, node or parameter names.
+        roles: which operands: ``"weight"``, ``"activation"``.
     """
 
     name: ClassVar[str] = "raise-precision"
@@ -37,9 +39,14 @@ class RaisePrecision(Pass):
     high_kinds: tuple[str, ...] = ("conv", "conv_transpose")
     heads: bool = True
     high: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ("weight", "activation")
 
     def __post_init__(self) -> None:
         check_bits(self.high_bits)
+        for role in self.roles:
+            if role not in {item.value for item in Role}:
+                what = "role"
+                raise unknown_name(what, role, [item.value for item in Role])
         for each in self.high_kinds:
             if each not in {item.value for item in OpKind}:
                 what = "op kind"
@@ -60,12 +67,13 @@ class RaisePrecision(Pass):
                 reason = "behind the last attention"
             elif chosen.matches(node):
                 reason = "asked for"
-            if reason and site.bits < self.high_bits:
+            if reason and site.role.value in self.roles and site.bits < self.high_bits:
                 site.bits = self.high_bits
                 raised[node] = reason
+        only = "" if len(self.roles) == len(Role) else f" ({', '.join(self.roles)})"
         for node, reason in raised.items():
             context.record(
-                self.name, node, "applied", f"{self.high_bits} bits: {reason}",
+                self.name, node, "applied", f"{self.high_bits} bits: {reason}{only}",
                 bits=float(self.high_bits),
             )  # fmt: skip
         return False

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qgraph.calibration import ChannelRange, Histogram, Reservoir, choose_range_for_output
+from qgraph.calibration.output_ranges import ROUGH
 from qgraph.calibration.transport import permuted_statistics
 from qgraph.context import Context
 from qgraph.errors import unknown_name
@@ -288,7 +289,9 @@ def _affine(
     bounds: tuple[float, float], rows: Tensor, weight: Tensor, bits: int, power: float
 ) -> AffineEncoding:
     low, high = bounds
-    found = choose_range_for_output(rows, weight, low=low, high=high, bits=bits, relative=power)
+    found = choose_range_for_output(
+        rows, weight, low=low, high=high, bits=bits, relative=power, schedule=ROUGH
+    )
     return affine_encoding(*found, bits)
 
 

@@ -21,6 +21,8 @@ from qgraph.calibration import (
     choose_range_for_output,
 )
 from qgraph.calibration.clip_grid import CodeRange, search_clip
+from qgraph.calibration.fused import FusedStatistics
+from qgraph.calibration.histogram import Bins
 from qgraph.calibration.output_ranges import sketch
 from qgraph.calibration.ranges import expected_error
 from qgraph.calibration.table_error import table_error
@@ -49,6 +51,7 @@ from qgraph.pipeline import Fact, Pass, Promise
 PRODUCTS = frozenset({OpKind.LINEAR, OpKind.CONV, OpKind.MATMUL})
 TOPS = 10  # clip candidates of a signed format, 2^(1/4) apart
 JOINT_CELLS = 1 << 18  # elements of V that the joint sample of one attention may hold
+JOINT_ROWS = 4  # rows of A that are sampled for each of `rows`: heads differ a lot
 
 SILENT = 1e-8  # rows whose output has less than this share of the largest energy count as zero
 
@@ -78,7 +81,7 @@ class UseDualRegions(Pass):
     promise: ClassVar[Promise] = Promise.IDENTICAL
     requires: ClassVar[frozenset[str]] = frozenset({Fact.PLANNED, Fact.STATISTICS})
 
-    min_gain_db: float = 0.2
+    min_gain_db: float = 0.5
     enough_db: float = 40.0
     max_shift: int | None = None
     rows: int = 128
@@ -88,11 +91,12 @@ class UseDualRegions(Pass):
     def statistics(self, module: GraphModule, context: Context) -> Iterable[Request]:  # noqa: D102
         for (value, _), sites in matched(context).items():
             yield Request(value, "Range")
-            yield Request(value, "Histogram")
             if joint := joint_request(sites, self.rows):
                 yield joint
             if not softmax_behind(value) and output_weight(module, sites) is not None:
                 yield row_request(value, sites, self.rows)
+            else:
+                yield Request(value, "Histogram")
 
     def run(self, module: GraphModule, context: Context) -> bool:  # noqa: D102
         for (value, bits), sites in matched(context).items():
@@ -107,7 +111,7 @@ class UseDualRegions(Pass):
     ) -> None:
         seen = context.statistics[value]
         low, high = seen.range().bounds()
-        bins = seen.get(Histogram).bins()
+        bins = _bins(seen)
         if low == high:
             context.record(self.name, value, "refused", "the value is constant")
             return
@@ -182,6 +186,16 @@ class UseDualRegions(Pass):
         context.record(self.name, value, "applied", reason, **numbers)
 
 
+def _bins(seen: FusedStatistics) -> Bins:
+    """The density of a value, from the sampled rows where no histogram was asked for."""
+    whole, rows = seen.find(Histogram), seen.find(Reservoir)
+    if whole is None and rows is not None:
+        whole = Histogram()
+        whole.update(rows.sampled())
+        return whole.bins()
+    return seen.get(Histogram).bins()
+
+
 def matched(context: Context) -> dict[tuple[Node, int], list[Site]]:
     """Undecided operands of products that come from a softmax, a GELU-like function or a ReLU."""
     found = {}
@@ -243,11 +257,11 @@ def joint_request(sites: Sequence[Site], rows: int) -> Request | None:
     if len(first) != len(second) or len(first) < 3 or not all(same):
         return None
     sizes = [int(s) if isinstance(s, int) else 64 for s in second[-2:]]
-    kept = min(rows, JOINT_CELLS // max(1, sizes[0] * sizes[1]))
+    kept = min(rows * JOINT_ROWS, JOINT_CELLS // max(1, sizes[0] * sizes[1]))
     if kept < 8:
         return None
     leads = (len(first) - 1, len(first) - 2)
-    options = (("leads", leads), ("per_sample", 1), ("rows", kept))
+    options = (("leads", leads), ("per_sample", 8), ("rows", kept))
     return Request(value, "JointReservoir", options, (other,))
 
 

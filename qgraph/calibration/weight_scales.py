@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qgraph.calibration.affine import affine_parameters
 from qgraph.calibration.clip_grid import TIE
+from qgraph.calibration.output_ranges import clamped_
 from qgraph.errors import ConfigError
 from qgraph.formats.affine import IntGrid
 
@@ -23,7 +24,8 @@ def _losses(
     scale, zero_point = affine_parameters(low, high, grid.qmin, grid.qmax, symmetric=how.symmetric)
     s, z = scale[..., None], zero_point[..., None]
     error = (rows[:, None] / s).round_()
-    error = error.clamp_(grid.qmin - z, grid.qmax - z).mul_(s).sub_(rows[:, None])
+    low_code, high_code = (end.to(error) for end in (grid.qmin - z, grid.qmax - z))
+    error = clamped_(error, low_code, high_code).mul_(s).sub_(rows[:, None])
     error = error.square_() if how.norm == 2.0 else error.abs_().pow_(how.norm)
     if how.importance is not None:
         return error @ how.importance

@@ -21,7 +21,7 @@ from qgraph.calibration import (
     weight_scales,
 )
 from qgraph.calibration.clip_grid import pick, search_clip
-from qgraph.calibration.output_ranges import sketch
+from qgraph.calibration.output_ranges import clamped_, sketch
 from qgraph.calibration.ranges import METHODS, error_integral
 from qgraph.errors import CalibrationError, ConfigError
 from qgraph.formats import AffineEncoding, IntGrid
@@ -323,3 +323,9 @@ def test_weight_search_refuses_bad_input():
         weight_scales(torch.ones(2, 4), second_moment=torch.ones(3))
     conv = torch.randn(4, 2, 3, 3)
     assert weight_scales(conv, second_moment=torch.tensor([1.0, 2.0])).shape == (4,)
+
+
+def test_broadcast_bounds_clamp_as_the_plain_op_does():
+    x = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0))
+    low, high = -torch.rand(3, 1, 1), torch.rand(3, 1, 1)
+    assert torch.equal(clamped_(x.clone(), low, high), x.clamp(low, high))
