@@ -68,8 +68,10 @@ def measure(
     report = parity.compare(graph, ((), batch))
     metrics = {}
     if scored and name in METRICS:
-        runners: dict[str, Callable[..., Any]] = {"float": case.model, "reference": model, "integer": lowered,
-                   "onnx": onnx_backend.lower(graph)}  # fmt: skip
+        runners: dict[str, Callable[..., Any]] = {
+            "float": case.model, "reference": model, "integer": lowered,
+            "onnx": onnx_backend.lower(graph),
+        }  # fmt: skip
         metrics = {who: round(METRICS[name](run, scored), 3) for who, run in runners.items()}
     rows = lowered.explain()
     return {
