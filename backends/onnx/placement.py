@@ -26,8 +26,9 @@ from qgraph.graph.edges import in_edges
 
 aten = torch.ops.aten
 # quantize(f(x)) = f(quantize(x)) for these: they pick or move elements, and order is kept.
-_COMMUTING = frozenset({
-    aten.max_pool2d.default, aten.max_pool1d.default, aten.pixel_shuffle.default,
+_POOLS = frozenset({aten.max_pool2d.default, aten.max_pool1d.default})
+_COMMUTING = _POOLS | frozenset({
+    aten.pixel_shuffle.default,
     aten.permute.default, aten.reshape.default, aten.view.default, aten.flatten.using_ints,
 })  # fmt: skip
 
@@ -67,6 +68,8 @@ def _raise(module: GraphModule, node: Node) -> list[Node]:
         return [node]
     if not _only_this(module, source, node):
         return []
+    if source.target in _POOLS and encoding.qmax - encoding.qmin > 255:
+        return []  # ONNX pools bytes or floats, not 16-bit codes
     if source.target in _COMMUTING:
         operands = [source.args[0]]
     elif source.target is aten.cat.default:

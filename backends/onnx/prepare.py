@@ -31,6 +31,7 @@ from qgraph.graph import dialect
 from qgraph.graph.build import attribute, insert_buffer, insert_call, prune, set_value, shallow_copy
 
 aten = torch.ops.aten
+_NARROW = frozenset({torch.int8, torch.uint8, torch.int16, torch.uint16})
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +337,7 @@ def _retype_codes(module: GraphModule) -> None:
             continue
         if not holders.isdisjoint(node.all_input_nodes):
             set_value(module, node)
-        narrow = node.meta["val"].dtype in {torch.int8, torch.uint8}
+        narrow = node.meta["val"].dtype in _NARROW
         if narrow and node.op == "call_function":
             holders.add(node)
 

@@ -106,3 +106,21 @@ def random_formats(seed: int) -> Callable[[Site, Tensor], Encoding]:
         return affine(values, bits, signed=draw.random() < 0.5, shrink=draw.choice([1.0, 0.6]))
 
     return choose
+
+
+def mixed_formats(seed: int) -> Callable[[Site, Tensor], Encoding]:
+    """The same, and a third of the activations by tables, or with a scale per channel."""
+    from tests.backends import test_formats_in_products as others
+
+    plain, draw = random_formats(seed), random.Random(seed + 1)
+    special = [
+        others.dual_region, others.power_of_two, others.logarithmic, others.tied_bytes,
+        others.free_bytes,
+    ]  # fmt: skip
+
+    def choose(site: Site, values: Tensor) -> Encoding:
+        if site.role is Role.ACTIVATION and draw.random() < 1 / 3:
+            return draw.choice(special)(site, values)
+        return plain(site, values)
+
+    return choose

@@ -192,7 +192,7 @@ def test_every_applicable_node_test_of_the_specification_passes():
         names = (
             "" if reason == "passed" else ": " + ", ".join(n for n in found if found[n] == reason)
         )
-        print(f"{count:3} {reason}{names}")  # noqa: T201 - the count is what the reader wants
+        print(f"{count:3} {reason}{names}")
     assert len(found) >= 42
     assert counts["FAILED"] == 0
     assert counts["passed"] >= 27
