@@ -14,7 +14,6 @@ from qgraph.graph import dialect
 from tests.backends.builders import quantize
 from tests.backends.random_models import mixed_formats, random_case
 
-
 # An fp32 result carries about 2^-24 of itself as error: next to 2^16 codes, that is a code off in
 # a few of a thousand. onnxruntime has no 16-bit kernels; it computes those ops in fp32.
 WIDE_RATE = 0.01
