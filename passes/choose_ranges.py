@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from qgraph.calibration import (
     choose_range,
     choose_range_for_output,
 )
+from qgraph.calibration.outliers import SUSPECT, outlier_ratio
 from qgraph.calibration.ranges import range_sqnr
 from qgraph.context import Context
 from qgraph.errors import unknown_name
@@ -26,11 +28,14 @@ from qgraph.formats import AffineEncoding, IntGrid
 from qgraph.graph.build import attribute
 from qgraph.graph.ops import OpKind, argument, product
 from qgraph.graph.plan import Site
+from qgraph.graph.provenance import module_path
 from qgraph.graph.requests import Request
 from qgraph.graph.seen_through import is_normalised_after
 from qgraph.pipeline import Fact, Pass, Promise
 
 METHODS = ("output", "mse", "minmax", "percentile", "entropy")
+
+LOGGER = logging.getLogger("qgraph")
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ class ChooseRanges(Pass):
         self._spare_adds(context)
         for (value, bits), sites in context.plan.by_value(undecided_only=True).items():
             low, high, how = self._range(module, context, value, bits, sites)
+            self._doubt(context, value)
             grid = IntGrid(bits, signed=False)
             scale, zero_point = affine_parameters(low, high, grid.qmin, grid.qmax, symmetric=False)
             encoding = AffineEncoding(
@@ -87,6 +93,17 @@ class ChooseRanges(Pass):
             for site in sites:
                 site.decide(encoding, self.name, f"{how} range [{low:.4g}, {high:.4g}]")
         return False
+
+    def _doubt(self, context: Context, value: Node) -> None:
+        """Tell of data that no range can serve; the median shows what is usual."""
+        ratio = outlier_ratio(context.statistics[value])
+        if ratio > SUSPECT:
+            reason = (
+                f"one value is {ratio:.0e} times the median: check the calibration data"
+                f" (the range is chosen without trusting it)"
+            )
+            context.record(self.name, value, "kept", reason, ratio=ratio)
+            LOGGER.warning("%s: %s", module_path(value) or value.name, reason)
 
     def _range(
         self, module: GraphModule, context: Context, value: Node, bits: int, sites: list[Site]

@@ -216,3 +216,41 @@ def test_a_loader_that_raises_passes_its_error_on(model):
 
     with pytest.raises((OSError, qgraph.PassError), match="disk gone"):
         qgraph.compile(model, Reiterable())
+
+
+def test_one_absurd_value_is_reported_and_costs_little(model, caplog):
+    spoilt = batches()
+    spoilt[1][0, 0] = 1e30
+    quantized = qgraph.compile(model, spoilt)
+    doubts = [d for d in quantized.report.decisions if "times the median" in d.reason]
+    assert doubts
+    assert doubts[0].numbers["ratio"] > 1e29
+    assert "check the calibration data" in caplog.text
+
+
+def test_sound_data_is_not_doubted(model, caplog):
+    qgraph.compile(model, batches())
+    assert "times the median" not in caplog.text
+
+
+def test_dead_channels_and_a_layer_of_zeros_stay_exact():
+    torch.manual_seed(0)
+    model = Net().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter[0] = 0
+    quantized = qgraph.compile(model, batches())
+    x = torch.randn(5, 6)
+    assert torch.isfinite(quantized(x)).all()
+    zeros = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3)).eval()
+    with torch.no_grad():
+        for parameter in zeros.parameters():
+            parameter.zero_()
+    assert torch.equal(qgraph.compile(zeros, batches())(x), torch.zeros(5, 3))
+
+
+@pytest.mark.parametrize("write", ["save", "to_onnx"])
+def test_a_folder_that_is_missing_is_a_typed_error_that_names_it(model, tmp_path, write):
+    quantized = qgraph.compile(model, batches())
+    with pytest.raises(qgraph.QGraphError, match="absent"):
+        getattr(quantized, write)(tmp_path / "absent" / "model.onnx")

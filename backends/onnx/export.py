@@ -96,7 +96,11 @@ def export(
     model.metadata_props["qgraph"] = dump(
         signature, container=container, codes=stored, session=SESSION_CONFIG
     )
-    size = _save(model, Path(path), external_data)
+    try:
+        size = _save(model, Path(path), external_data)
+    except OSError as error:
+        msg = f"cannot write {path}: {error.strerror or error}"
+        raise ExportError(msg) from error
     return ExportInfo(
         Path(path), size, opset, container, tuple(i.name for i in signature.inputs),
         signature.output_names, {n: str(e["value"]) for n, e in stored.items()},
@@ -169,6 +173,13 @@ def _save(model: ir.Model, path: Path, external_data: bool | None) -> int:
         size = draft.stat().st_size
         if (Path(folder) / data).exists():
             size += (Path(folder) / data).stat().st_size
-            (Path(folder) / data).replace(path.parent / data)
-        draft.replace(path)
+            _publish(Path(folder) / data, path.parent / data)
+        _publish(draft, path)
     return size
+
+
+def _publish(draft: Path, path: Path) -> None:
+    """Move a file into place once it is on the disk, so that a crash leaves the old one or it."""
+    with draft.open("rb") as written:
+        os.fsync(written.fileno())
+    draft.replace(path)
