@@ -43,7 +43,7 @@ class Emitter(QuantizerEmission):
             for node in self.source.graph.nodes:
                 self.current = node
                 self._emit(node)
-        self.graph._codegen = copy.deepcopy(self.source.graph._codegen)
+        self.graph._codegen = copy.copy(self.source.graph._codegen)
         self.graph.eliminate_dead_code()
         if not self.compiled:
             reuse_buffers(self.graph, self.owned)

@@ -128,7 +128,7 @@ def shallow_copy(module: GraphModule) -> GraphModule:
     mapping: dict[Node, Node] = {}
     output = graph.graph_copy(module.graph, val_map=mapping)
     graph.output(output)
-    graph._codegen = copy.deepcopy(module.graph._codegen)
+    graph._codegen = copy.copy(module.graph._codegen)  # what it holds is replaced, never changed
     clone = GraphModule(module, graph)
     clone.meta.update(module.meta)
     clone.train(module.training)

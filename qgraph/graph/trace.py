@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import inspect
 import logging
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -219,7 +220,9 @@ def _to_module(program: ExportedProgram) -> GraphModule:
     The plain GraphModule has no input guards (QuantizedModel checks shapes with better words)
     and, unlike the exporter's, may be copied, put into eval mode and pickled.
     """
-    wrapped = program.run_decompositions({}).module(check_guards=False)
+    with warnings.catch_warnings():  # torch copies a class that it deprecates
+        warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+        wrapped = program.run_decompositions({}).module(check_guards=False)
     for node in list(wrapped.graph.nodes):
         if node.op == "get_attr" and not node.users:
             wrapped.graph.erase_node(node)
