@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test fuzz test-slow check docs lint types format clean
+.PHONY: demo test fuzz mutants test-slow check docs lint types format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,9 @@ test: $(STAMP)  ## everything that must hold, under 15 minutes on 2 cores
 
 fuzz: $(STAMP)  ## random models x pipelines x backends, resumable, at most an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.validation.fuzz
+
+mutants: $(STAMP)  ## plant known bugs one by one; every one must be caught
+	$(BIN)/python -m tests.mutation.run
 
 test-slow: $(STAMP)  ## the long suites
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow
