@@ -81,7 +81,7 @@ def _compile(
             model(**batch)
     forward = time.process_time() - start
     options = {"pipeline": "int8"} | choice
-    chosen = qgraph.pipeline(str(options.pop("pipeline")), **options)
+    chosen = qgraph.pipeline(str(options.pop("pipeline")), None, **options)
     quantized = qgraph.compile(model, calibration, pipeline=chosen, verify=False, progress=False)
     steps = {step.name: step.cpu_seconds for step in quantized.report.steps}
     canonical = ("drop-noops", "normalize-ops", "open-attention", "fold-batch-norm")
