@@ -82,7 +82,8 @@ def test_files_that_pages_name_exist():
     name = re.compile(r"`((?:tests|passes|backends|docs|examples|benchmarks|qgraph)/[\w./-]+)`")
     for page in PAGES:
         for path in name.findall(page.read_text()):
-            assert (ROOT / path).exists(), f"{page.name}: {path}"
+            written_by_a_command = path.startswith("benchmarks/results/")
+            assert written_by_a_command or (ROOT / path).exists(), f"{page.name}: {path}"
 
 
 @pytest.mark.slow
