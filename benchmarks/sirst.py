@@ -240,14 +240,13 @@ def heat(cell: Cell) -> dict[str, dict[str, float]]:
     return found
 
 
-def pictures(results: dict[str, Cell], model: str, folder: Path) -> None:
+def pictures(results: dict[str, Cell], model: str, path: Path) -> None:
     """Write the heat map and the curve of IoU against bits."""
-    folder.mkdir(parents=True, exist_ok=True)
     alone = results.get(f"{model} | one block at a time")
     if alone is not None:
         title = f"{model}: points of IoU lost, one block quantized"
         text = heat_map(heat(alone), title=title, is_logarithmic=False)
-        (folder / f"sirst_{model}_blocks.svg").write_text(text)
+        path.with_name(f"{path.stem}_{model}_blocks.svg").write_text(text)
     lines: dict[str, list[tuple[float, float]]] = {}
     for key, cell in results.items():
         name = key.split(" | ")[1]
@@ -260,7 +259,7 @@ def pictures(results: dict[str, Cell], model: str, folder: Path) -> None:
         ordered = {kind: sorted(points) for kind, points in lines.items()}
         axes = ("weight bits, mean over parameters", "IoU, percent")
         text = curves(ordered, title=f"{model}: accuracy against size", axes=axes)
-        (folder / f"sirst_{model}_front.svg").write_text(text)
+        path.with_name(f"{path.stem}_{model}_front.svg").write_text(text)
 
 
 def run(settings: Settings, path: Path, *, most: int | None = None) -> dict[str, Cell]:
@@ -300,7 +299,7 @@ def main() -> None:
         settings = replace(settings, models=tuple(args.models))
     results = run(settings, path, most=args.cells)
     for model in settings.models:
-        pictures(results, model, path.parent)
+        pictures(results, model, path)
         print(tables(results, model), end="\n\n")
 
 

@@ -115,11 +115,6 @@ class AssignBits(Pass):
         limits = self._limits(units)
         answer = self._solve(module, context, units, found, limits)
         self._apply(module, context, units, found, answer)
-        context.sensitivity = [
-            (name, bits, cost, bits == answer.bits[name][0])
-            for name, item in found.items() if item.pinned is None and name in answer.bits
-            for bits, cost in item.weights.items()
-        ]  # fmt: skip
         return False
 
     def _measure(
@@ -240,6 +235,14 @@ class AssignBits(Pass):
                 omega=found[unit.name].omega((weight, activation)), parameters=unit.parameters,
                 macs=unit.macs, elements=unit.elements,
             )  # fmt: skip
+            for what, omegas, bits in (
+                ("weights", found[unit.name].weights, weight),
+                ("inputs", found[unit.name].activations, activation),
+            ):
+                context.sensitivity += [
+                    (f"{unit.name} {what}", width, omega, width == bits)
+                    for width, omega in omegas.items()
+                ]
         real = answer.costs | {"activations": stored_bytes(module, context.plan)}
         used = {r: round(real[r] / units.floats[r], 5) for r in units.floats}
         context.record(

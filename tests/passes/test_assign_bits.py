@@ -105,6 +105,14 @@ def test_mixed_precision_runs_the_same_in_integers_and_in_onnxruntime(model, dat
     assert (run - expected).abs().max() <= 0.05 * expected.abs().max()
 
 
+def test_the_report_shows_what_every_width_would_have_cost(model, data):
+    report = qgraph.compile(model, data, qgraph.pipeline("sirst_mixed", budget=BUDGETS)).report
+    chosen = [p for p in report.sensitivity if p.chosen]
+    assert len(chosen) == 2 * len({"first", "deep", "deeper", "merge"})
+    assert len(report.sensitivity) == 4 * (6 + 5)
+    assert "Bits against sensitivity" in report.to_html()
+
+
 def test_the_same_inputs_give_the_same_decisions(model, data):
     first, second = (
         qgraph.compile(model, data, qgraph.pipeline("sirst_mixed", budget=BUDGETS)).report
