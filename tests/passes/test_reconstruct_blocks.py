@@ -457,8 +457,8 @@ def test_eight_bits_stay_as_good_as_they_are():
     context = context_of(module, batches=data((64,) * 4))
     run_pipeline(chosen, module, context)
     start = shallow_copy(module)
-    ReconstructBlocks(**FAST | {"warm_start": True}).run(module, context)
+    ReconstructBlocks(**FAST).run(module, context)
     module.recompile()
     x = torch.cat(data(seed=1))
     errors = [float((m(x) - model()(x)).square().mean()) for m in (module, start)]
-    assert errors[0] <= 1.05 * errors[1]
+    assert errors[0] <= 1.01 * errors[1]
