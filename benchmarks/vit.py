@@ -35,15 +35,17 @@ NAME = ReconstructBlocks.name
 Row = dict[str, Any]
 Options = dict[str, Any]
 
-FAR = {"global_weight": 1.0}
-INSIDE = {"local_weight": 0.25}
+PLAIN = {"warm_start": False}
+FAR = PLAIN | {"global_weight": 1.0}
+INSIDE = PLAIN | {"local_weight": 0.25}
 # Name -> (pipeline prefix, options of the reconstruction or None for round-to-nearest).
 VARIANTS: dict[str, tuple[str, Options | None]] = {
     "RTN": ("", None),
     "start points": ("vit_", None),
     "warm start": ("vit_", {"steps": 0}),
-    "AdaRound per layer": ("vit_", {"granularity": "layer"}),
-    "OBR": ("vit_", {}),
+    "AdaRound per layer": ("vit_", PLAIN | {"granularity": "layer"}),
+    "OBR": ("vit_", PLAIN),
+    "OBR or warm start": ("vit_", {"warm_start": True}),
     "OBR + EBGS": ("vit_", FAR),
     "OBR + IBLS": ("vit_", INSIDE),
     "MGRQ": ("vit_", FAR | INSIDE),

@@ -109,7 +109,9 @@ def _vit(weight_bits: int, activation_bits: int) -> tuple[Pass, ...]:
     """Vision transformers at few bits: strong start points, then block reconstruction.
 
     The start decides much of a 4-bit result: wide channels behind norms are balanced, softmax and
-    GELU outputs get the format that measurably helps, and then rounding is learned.
+    GELU outputs get the format that measurably helps, and then rounding is learned. Not from a
+    warm start: on the zoo's ViT (W3A3) its codes win the comparison by block more often than they
+    should, 12.8 dB of logits against 14.5 without.
     """
     return (
         *front(),
@@ -121,7 +123,7 @@ def _vit(weight_bits: int, activation_bits: int) -> tuple[Pass, ...]:
         passes.ChooseRanges(),
         passes.ChooseWeightScales(),
         passes.InsertQuantizers(),
-        passes.ReconstructBlocks(),
+        passes.ReconstructBlocks(warm_start=False),
         *back()[1:],
     )
 
