@@ -166,3 +166,20 @@ def test_impossible_encodings_are_refused(change, message):
 def test_widths_outside_two_to_sixteen_are_refused(bits):
     with pytest.raises(ConfigError, match="allowed: integers from 2 to 16"):
         IntGrid(bits, signed=True)
+
+
+def test_narrow_grids_leave_out_the_lowest_code():
+    assert (IntGrid(8, signed=True).qmin, IntGrid(8, signed=True, narrow=True).qmin) == (-128, -127)
+    assert (IntGrid(2, signed=True).qmin, IntGrid(2, signed=True, narrow=True).qmin) == (-2, -1)
+
+
+@pytest.mark.parametrize(
+    ("qmin", "qmax", "dtype"),
+    [
+        (-128, 127, torch.int8), (-129, 127, torch.int16), (-128, 128, torch.int16),
+        (0, 255, torch.uint8), (0, 256, torch.int16), (-(2**15), 2**15 - 1, torch.int16),
+        (0, 2**15, torch.int32),
+    ],
+)  # fmt: skip
+def test_codes_take_the_narrowest_type_that_holds_them(qmin, qmax, dtype):
+    assert code_dtype(qmin, qmax) is dtype

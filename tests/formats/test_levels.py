@@ -124,3 +124,13 @@ def test_impossible_tables_are_refused(levels, thresholds, message):
             name="bad", scale=torch.tensor(1.0), levels=torch.tensor(levels),
             thresholds=torch.tensor(thresholds), storage_bits=2,
         )  # fmt: skip
+
+
+def test_each_channel_decodes_with_its_own_scale():
+    scale = torch.tensor([0.5, 2.0])
+    levels = torch.tensor([-1, 0, 3])
+    encoding = LevelEncoding.nearest("table", scale, levels, storage_bits=2, axis=1)
+    ranks = torch.tensor([[0, 0], [2, 2], [1, 2]], dtype=torch.uint8)
+    wanted = torch.tensor([[-0.5, -2.0], [1.5, 6.0], [0.0, 6.0]])
+    assert torch.equal(encoding.decode(ranks), wanted)
+    assert torch.equal(encoding.encode(wanted), ranks)
