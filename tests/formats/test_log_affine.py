@@ -213,8 +213,10 @@ def test_edge_cases() -> None:
         log_affine_encoding(constant, 4).fake(constant), constant, rtol=0.05, atol=0
     )
     one_sided = laplace(1).abs()
-    made = log_affine_encoding(one_sided, 4).fake(one_sided)
-    assert bool((made >= 0).all())
+    encoding = log_affine_encoding(one_sided, 4)
+    assert bool((encoding.fake(one_sided) >= 0).all())
+    # the side without weights takes the other's numbers
+    assert torch.equal(encoding.levels, -encoding.levels.flip(-1))
     per_tensor = log_affine_encoding(laplace(2), 4, axis=None)
     assert per_tensor.levels.ndim == 1
     with pytest.raises(ConfigError, match="non-finite"):
