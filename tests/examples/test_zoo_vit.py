@@ -11,7 +11,7 @@ from examples.zoo.vit import batches, evaluate, load_model
 from examples.zoo.vit.data import make_sample
 from examples.zoo.vit.weights import weights_path
 
-KINDS = ("vit",)
+KINDS = ("vit", "swin")
 
 
 def test_samples_depend_on_split_and_index_only():
