@@ -8,7 +8,7 @@ place of the Hessian). Every width is tried with several clips at once; the best
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +118,7 @@ class FisherSweep:
         progress: Callable[[str, int, int], None] | None = None,
     ) -> int:  # fmt: skip
         """Measure all batches that the state does not hold yet; returns how many there were."""
-        size = len(batches) if hasattr(batches, "__len__") else 0
+        size = len(batches) if isinstance(batches, Sized) else 0
         number = 0
         for number, batch in enumerate(batches, start=1):
             if state.wants(number - 1):

@@ -8,7 +8,7 @@ linearised.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class PerturbSweep:
         progress: Callable[[str, int, int], None] | None = None,
     ) -> int:  # fmt: skip
         """Measure all batches that the state does not hold yet; returns how many there were."""
-        size = len(batches) if hasattr(batches, "__len__") else 0
+        size = len(batches) if isinstance(batches, Sized) else 0
         number = 0
         for number, batch in enumerate(batches, start=1):
             if state.wants(number - 1):
@@ -127,6 +127,6 @@ class PerturbSweep:
                     elif site.role is Role.ACTIVATION and activation is not None:
                         ends = self.ranges[site.value]
                         args[place] = fake(data_encoding(*ends, activation, 1.0), args[place])
-            changed[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            changed[node] = node.target(*args, **kwargs)
         output = self.nodes[-1]
         return self.module.graph.process_outputs(map_arg(output.args[0], value_of))

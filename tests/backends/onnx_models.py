@@ -18,7 +18,7 @@ from qgraph.pipelines import pipeline
 
 def quantized(
     model: nn.Module, args: tuple[Any, ...], name: str = "int8",
-    kwargs: dict[str, Any] | None = None, **options: object,
+    kwargs: dict[str, Any] | None = None, **options: Any,
 ) -> GraphModule:  # fmt: skip
     """The quantized graph of a model, calibrated on its sample."""
     module = trace(model.eval(), *args, **(kwargs or {}))

@@ -58,7 +58,7 @@ def test_outputs_come_nearer_on_data_never_seen():
 def test_a_layer_whose_held_out_error_rises_keeps_its_codes(monkeypatch):
     from qgraph.passes import compensate_rounding
 
-    real = compensate_rounding.round_compensated
+    real = compensate_rounding.round_compensated  # type: ignore[attr-defined]
 
     def spoilt(weight, encoding, gram, **options):
         found = real(weight, encoding, gram, **options)

@@ -2,6 +2,7 @@
 import contextlib
 import dataclasses
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from qgraph.passes.reconstruct_blocks import _Work
 from qgraph.pipeline import run_pipeline
 from qgraph.pipelines import pipeline
 
-FAST = {"steps": 30, "batch": 8, "lr": 5e-2, "warm_start": False}
+FAST: dict[str, Any] = {"steps": 30, "batch": 8, "lr": 5e-2, "warm_start": False}
 
 
 class Block(nn.Module):
@@ -383,8 +384,8 @@ def test_each_method_has_its_learning_rate_unless_one_is_given():
 
 
 def test_fewer_choices_are_open_the_longer_a_region_is_tuned(monkeypatch):
-    found = {}
-    real = reconstruct_blocks.tune
+    found: dict[int, list[Any]] = {}
+    real = reconstruct_blocks.tune  # type: ignore[attr-defined]
 
     def spy(problem, tuning, **options):
         outcome = real(problem, tuning, **options)
@@ -406,7 +407,7 @@ def test_the_float_suffix_gets_no_gradient_and_gives_the_right_one():
     work = _Work(ReconstructBlocks(global_weight=1.0), start, context_of(start), None)
     region = work.regions[1]
     judged = tuple(name for name in region.outputs if name in region.moving)
-    suffix = work.suffix(1, judged)
+    suffix: Any = work.suffix(1, judged)
     generator = torch.Generator().manual_seed(0)
     given = torch.randn(2, 5, 12, generator=generator).requires_grad_()
     held = dict(suffix.run.named_parameters()) | dict(suffix.run.named_buffers())
@@ -418,7 +419,7 @@ def test_the_float_suffix_gets_no_gradient_and_gives_the_right_one():
         for sign in (1, -1)
     ]
     slope = (ends[0] - ends[1]) / 2e-2
-    assert float((given.grad * way).sum()) == pytest.approx(slope, rel=2e-2)
+    assert float((torch.as_tensor(given.grad) * way).sum()) == pytest.approx(slope, rel=2e-2)
     assert all(t.grad is None for t in held.values())
 
 
