@@ -87,11 +87,17 @@ def test_a_budget_goes_into_every_family(name):
 
 
 def test_a_budget_on_another_family_holds_and_the_integer_graph_equals_the_reference(model, data):
-    chosen = qgraph.pipeline("ris_int4", budget={"size": 0.12})
+    chosen = qgraph.pipeline("int4", budget={"size": 0.12})
     quantized = qgraph.compile(model, data, chosen)
     assert 1 / cost_of(quantized).weight_ratio <= 0.12
     batch = data[0]
     assert torch.equal(quantized(batch), quantized.lower("reference")(batch))
+
+
+def test_a_family_that_keeps_convolutions_at_8_bits_says_what_budget_it_can_meet(model, data):
+    chosen = qgraph.pipeline("ris_int4", budget={"size": 0.12})
+    with pytest.raises(BudgetInfeasibleError, match="size=.* cannot be met; best possible is"):
+        qgraph.compile(model, data, chosen)
 
 
 def test_mixed_precision_runs_the_same_in_integers_and_in_onnxruntime(model, data):
