@@ -228,8 +228,14 @@ def test_one_absurd_value_is_reported_and_costs_little(model, caplog):
     assert "check the calibration data" in caplog.text
 
 
-def test_sound_data_is_not_doubted(model, caplog):
+def test_sound_data_is_not_doubted_nor_is_a_sharp_softmax(model, caplog):
     qgraph.compile(model, batches())
+
+    class Sharp(nn.Module):
+        def forward(self, x):
+            return torch.softmax(1e3 * x, -1) @ x.transpose(0, 1)
+
+    qgraph.compile(Sharp().eval(), [torch.randn(6, 6)], dynamic_shapes={"x": None})
     assert "times the median" not in caplog.text
 
 

@@ -9,14 +9,16 @@ from qgraph.calibration.fused import FusedStatistics
 from qgraph.calibration.histogram import Histogram
 from qgraph.calibration.reservoir import Reservoir
 
-# Massive activations of transformers are some 1,000 times the median.
+# Massive activations of transformers are some 1,000 times the median. What half precision can hold
+# is no reason for doubt either: the median of a softmax's output is often tiny.
 SUSPECT = 1e6
+HALF_MAX = 65504.0
 
 
 def outlier_ratio(seen: FusedStatistics) -> float:
-    """Largest magnitude over the median magnitude of nonzero samples; 0 where nothing tells."""
+    """Largest magnitude over the median magnitude of nonzero samples; 0 where all is usual."""
     peak = max((abs(bound) for bound in seen.range().bounds()), default=0.0)
-    typical = _median(seen)
+    typical = _median(seen) if peak > HALF_MAX else 0.0
     return peak / typical if typical > 0 else 0.0
 
 

@@ -96,7 +96,7 @@ def test_a_budget_on_another_family_holds_and_the_integer_graph_equals_the_refer
 
 def test_a_family_that_keeps_convolutions_at_8_bits_says_what_budget_it_can_meet(model, data):
     chosen = qgraph.pipeline("ris_int4", budget={"size": 0.12})
-    with pytest.raises(BudgetInfeasibleError, match="size=.* cannot be met; best possible is"):
+    with pytest.raises(BudgetInfeasibleError, match="cannot be met; best possible is"):
         qgraph.compile(model, data, chosen)
 
 
