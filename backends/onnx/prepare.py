@@ -137,12 +137,14 @@ def _lower_quantize(prepared: Prepared, node: Node) -> None:
         msg = f"{node.name}: blocked activations have no ONNX form; use a scale per channel"
         raise ExportError(msg)
     shift, dtype = _container(encoding, node)
-    if encoding.axis is not None and not may_keep_axis(node.args[0]):
+    low, high = encoding.qmin + shift, encoding.qmax + shift
+    limits = torch.iinfo(dtype)
+    # onnxruntime has no Clip for 16-bit integers
+    needs_clip = limits.bits == 16 and (low, high) != (limits.min, limits.max)
+    if needs_clip or (encoding.axis is not None and not may_keep_axis(node.args[0])):
         node.replace_all_uses_with(quantize_by_channel(module, node, encoding, shift, dtype))
         module.graph.erase_node(node)
         return
-    low, high = encoding.qmin + shift, encoding.qmax + shift
-    limits = torch.iinfo(dtype)
 
     def bound(value: int, limit: int, side: str) -> Node | None:
         if value == limit:

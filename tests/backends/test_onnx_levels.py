@@ -18,7 +18,7 @@ from qgraph.backends.onnx.export import export
 from qgraph.backends.onnx.levels import Runs, level_runs, padded, threshold_runs
 from qgraph.backends.onnx.prepare import pack_nibbles
 from qgraph.backends.onnx.session import Session
-from qgraph.formats import AffineEncoding, Encoding, LevelEncoding
+from qgraph.formats import AffineEncoding, Encoding, IntGrid, LevelEncoding
 from qgraph.formats.levels import midpoints
 from qgraph.graph.build import insert_call
 from qgraph.graph.dialect import DEQUANTIZE, DEQUANTIZE_LEVELS, QUANTIZE, QUANTIZE_LEVELS
@@ -101,6 +101,8 @@ ENCODINGS: dict[str, Callable[[], Encoding]] = {
         scale=torch.tensor([1, 1, 2, 2, 4, 4]) / 512, zero_point=torch.full((6,), 3),
         qmin=0, qmax=255, axis=2,
     ),
+    "12 bits": lambda: AffineEncoding.per_tensor(3e-4, 100, IntGrid(12, signed=False)),
+    "signed 12 bits": lambda: AffineEncoding.per_tensor(3e-4, -900, IntGrid(12, signed=True)),
     "signed 16 bits": lambda: AffineEncoding(
         scale=torch.tensor(1e-4), zero_point=torch.tensor(-7), qmin=-(2**15), qmax=2**15 - 1
     ),
