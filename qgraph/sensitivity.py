@@ -177,9 +177,15 @@ def sensitivity(  # noqa: PLR0913 - all options are keyword-only
     """Measure how much each product of a model suffers at each width, first and last included.
 
     Args:
-        model, loader, example_inputs, transform, dynamic_shapes, seed, progress: as for `compile`.
-            The loader is read twice: for ranges, and to measure.
-        weight_bits, activation_bits: widths to measure.
+        model: as for `compile`.
+        loader: as for `compile`; read twice: for ranges, and to measure.
+        example_inputs: as for `compile`.
+        transform: as for `compile`.
+        dynamic_shapes: as for `compile`.
+        seed: as for `compile`.
+        progress: as for `compile`.
+        weight_bits: widths of weights to measure.
+        activation_bits: widths of activations to measure.
         method: ``"fisher"`` (one backward per batch for all widths), ``"sqnr"`` (error over signal
             inside targets), ``"output"`` (distance of outputs, each unit quantized alone) or
             ``"loss"`` (rise of `loss`, the same way).
