@@ -16,9 +16,9 @@ import time
 import torch
 from torch import Tensor, nn
 
-from qgraph.calibration.fisher import Probing
 from qgraph.calibration.loader import adapter
 from qgraph.calibration.measure_units import measure_units
+from qgraph.calibration.unit_sweep import Probing
 from qgraph.graph.bit_units import find_units
 from qgraph.graph.encoder_decoder import find_structure
 from qgraph.sensitivity import observe, ranges_of, unpinned

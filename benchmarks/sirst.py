@@ -27,9 +27,9 @@ from torch import Tensor
 import qgraph
 from examples.zoo import sirst
 from examples.zoo.sirst.metrics import SegmentationCounts
-from qgraph.calibration.fisher import Probing
 from qgraph.calibration.loader import adapter
 from qgraph.calibration.perturb import PerturbSweep
+from qgraph.calibration.unit_sweep import Probing
 from qgraph.graph.bit_units import Unit, find_units
 from qgraph.graph.encoder_decoder import find_structure
 from qgraph.pipeline import Pipeline

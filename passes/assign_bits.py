@@ -13,13 +13,13 @@ from torch.fx import GraphModule, Node
 
 from qgraph.calibration.assignment import Assignment, Problem, infeasible
 from qgraph.calibration.filtered_loss import objective_of
-from qgraph.calibration.fisher import Probing
 from qgraph.calibration.loader import adapter
 from qgraph.calibration.measure_units import METHODS, check_method, measure_units
 from qgraph.calibration.objectives import check_output
 from qgraph.calibration.pareto import MODES, solve
 from qgraph.calibration.row_errors import data_encoding
 from qgraph.calibration.sensitivities import Sensitivity, problem_of
+from qgraph.calibration.unit_sweep import Probing
 from qgraph.context import Context
 from qgraph.errors import ConfigError, unknown_name
 from qgraph.formats import AffineEncoding, check_bits

@@ -199,34 +199,30 @@ def _report(options: argparse.Namespace) -> int:
     return OK
 
 
+def _offered(group: str) -> dict[str, str]:
+    return {name: f"from {package}" for name, package in plugins.names(group).items()}
+
+
+def _list(head: str, found: dict[str, str], options: argparse.Namespace) -> int:
+    rows = list(found.items())
+    _say(json.dumps(found, indent=1) if options.json else table((head, "purpose"), rows))
+    return OK
+
+
 def _pipelines(options: argparse.Namespace) -> int:
     if options.show is not None:
         form = "json" if options.json else options.format
         _say(config.dumps(qgraph.pipeline(options.show), form).rstrip())
         return OK
     found = dict(qgraph.pipelines())
-    offered = plugins.names(plugins.PIPELINES)
-    found.update({name: f"from {package}" for name, package in offered.items()})
-    _say(
-        json.dumps(found, indent=1)
-        if options.json
-        else table(("pipeline", "purpose"), list(found.items()))
-    )
-    return OK
+    return _list("pipeline", found | _offered(plugins.PIPELINES), options)
 
 
 def _passes(options: argparse.Namespace) -> int:
     if options.name is not None:
         return _one_pass(options)
     found = {cls.name: _purpose(cls) for cls in passes.ALL}
-    offered = plugins.names(plugins.PASSES)
-    found.update({name: f"from {package}" for name, package in offered.items()})
-    _say(
-        json.dumps(found, indent=1)
-        if options.json
-        else table(("pass", "purpose"), list(found.items()))
-    )
-    return OK
+    return _list("pass", found | _offered(plugins.PASSES), options)
 
 
 def _one_pass(options: argparse.Namespace) -> int:

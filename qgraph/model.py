@@ -104,7 +104,7 @@ class QuantizedModel:
             case "integer":
                 return integer.lower(self.graph_module)
             case "onnx":
-                return onnx.lower(self.graph_module, sample=(self.sample.args, self.sample.kwargs))
+                return onnx.lower(self.graph_module)
 
     def verify(self, inputs: Any = None) -> parity.ParityReport:
         """Compare reference, integer and onnxruntime code by code, node by node.

@@ -15,13 +15,13 @@ from torch.fx import GraphModule, Node
 
 from qgraph import passes
 from qgraph.calibration.assignment import Assignment
-from qgraph.calibration.fisher import Probing
 from qgraph.calibration.loader import adapter, first_batch
 from qgraph.calibration.measure_units import check_method, measure_units
 from qgraph.calibration.objectives import Loss, check_output
 from qgraph.calibration.pareto import pareto_front
 from qgraph.calibration.sample import example_of, small_sample
 from qgraph.calibration.sensitivities import Sensitivity, problem_of
+from qgraph.calibration.unit_sweep import Probing
 from qgraph.context import Context, Progress
 from qgraph.formats import check_bits
 from qgraph.graph.bit_units import Bits, Units, find_units

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 from torch.utils._pytree import tree_leaves, tree_structure
 
 import qgraph
@@ -29,22 +28,7 @@ from tests.graph.test_architectures import (
     vit,
     yolos,
 )
-
-
-class TiedPair(nn.Module):
-    """Two inputs; an embedding whose table is the output layer; a tuple inside a dictionary."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(11, 8)
-        self.mix = nn.Linear(8, 8)
-        self.out = nn.Linear(8, 11, bias=False)
-        self.out.weight = self.table.weight
-
-    def forward(self, image, tokens):
-        x = self.mix(self.table(tokens))
-        scores = x @ image.transpose(1, 2)
-        return {"logits": (self.out(x), self.mix(image)), "scores": scores}
+from tests.test_artifact import TwoInputs
 
 
 def unet():
@@ -57,7 +41,7 @@ def called_twice():
 
 
 def tied_pair():
-    return TiedPair(), {"image": torch.randn(2, 5, 8), "tokens": torch.randint(0, 11, (2, 7))}
+    return TwoInputs(), {"image": torch.randn(2, 5, 8), "tokens": torch.randint(0, 11, (2, 7))}
 
 
 @pytest.mark.parametrize(

@@ -27,15 +27,12 @@ __all__ = [
 Sample = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def lower(
-    module: GraphModule, *, sample: Sample | None = None, threads: int | None = None
-) -> Session:
+def lower(module: GraphModule, *, threads: int | None = None) -> Session:
     """Export into memory and start onnxruntime on it.
 
     Raises:
         ExportError: the graph cannot be expressed.
     """
-    del sample  # the graph carries its shapes
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         export(module, path, external_data=False)

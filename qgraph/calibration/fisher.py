@@ -8,8 +8,7 @@ place of the Hessian). Every width is tried with several clips at once; the best
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from qgraph.calibration.loader import Arguments, Signature
-from qgraph.calibration.objectives import Loss, pooled_mask, probe, target_mask
+from qgraph.calibration.objectives import pooled_mask, probe, target_mask
 from qgraph.calibration.row_errors import (
     FRACTIONS,
     data_candidates,
@@ -27,7 +26,7 @@ from qgraph.calibration.row_errors import (
     sample_rows,
     whole_sample,
 )
-from qgraph.calibration.sensitivity_state import State
+from qgraph.calibration.unit_sweep import Probing, Ranges, UnitSweep
 from qgraph.calibration.weight_scales import weight_parameters
 from qgraph.errors import CalibrationError
 from qgraph.formats import AffineEncoding, IntGrid
@@ -37,32 +36,7 @@ from qgraph.graph.ops import product
 from qgraph.graph.plan import Role, Site
 from qgraph.graph.verify import where
 
-Ranges = Mapping[Node, tuple[float, float]]
 METHODS = ("fisher", "sqnr")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Probing:
-    """How sensitivities are measured.
-
-    Attributes:
-        method: ``fisher``, or ``sqnr``: squared error over signal inside target masks (method notes
-            S6), plus `background` times the same outside.
-        output: what the outputs are (``plain``, ``sigmoid``, ``softmax``), without a loss.
-        loss: (model's output, batch) -> scalar; replaces `output`.
-        targets: (model's output, batch) -> bool [B, 1, H, W], for ``sqnr``.
-        background: weight of what is no target.
-        rows: drawn per product and sample of a batch, so that the cost follows the network's own.
-        seed: of rows and projections.
-    """
-
-    method: str = "fisher"
-    output: str = "plain"
-    loss: Loss | None = None
-    targets: Callable[[Any, Any], Tensor] | None = None
-    background: float = 0.1
-    rows: int = 8
-    seed: int = 0
 
 
 class _Forward(Interpreter):
@@ -85,26 +59,14 @@ class _Forward(Interpreter):
         return value
 
 
-class FisherSweep:
-    """Accumulates omegas of all units over batches.
-
-    Args:
-        module: the float graph, unchanged.
-        units: what to measure; pinned ones are left out.
-        ranges: exact range of every quantized activation.
-        widths: weight bits and activation bits to measure.
-        how: see `Probing`.
-    """
+class FisherSweep(UnitSweep):
+    """Accumulates omegas of all units over batches; see `UnitSweep`."""
 
     def __init__(
         self, module: GraphModule, units: Sequence[Unit], ranges: Ranges,
         widths: tuple[Sequence[int], Sequence[int]], how: Probing,
     ) -> None:  # fmt: skip
-        self.module = module
-        self.units = [unit for unit in units if unit.pinned is None]
-        self.ranges = ranges
-        self.weight_bits, self.activation_bits = (tuple(w) for w in widths)
-        self.how = how
+        super().__init__(module, units, ranges, widths, how)
         self.nodes = [n for unit in self.units for n in unit.products]
         self.sites = {
             (s.edge.consumer, s.edge.path[0]): s
@@ -113,26 +75,9 @@ class FisherSweep:
         self.order = {node: i for i, node in enumerate(module.graph.nodes)}
         self._weights: dict[Node, list[Tensor]] = {}
 
-    def run(
-        self, batches: Iterable[Any], adapt: Callable[[Any], Arguments], state: State,
-        progress: Callable[[str, int, int], None] | None = None,
-    ) -> int:  # fmt: skip
-        """Measure all batches that the state does not hold yet; returns how many there were."""
-        size = len(batches) if isinstance(batches, Sized) else 0
-        number = 0
-        for number, batch in enumerate(batches, start=1):
-            if state.wants(number - 1):
-                with torch.enable_grad():
-                    found = self._batch(batch, adapt, self.how.seed + number)
-                state.add(number - 1, found)
-            if progress is not None:
-                progress("sensitivity", number, size)
-        if number == 0:
-            msg = "the loader gave 0 batches, so no sensitivity can be measured"
-            raise CalibrationError(msg)
-        return number
-
-    def _batch(self, batch: Any, adapt: Callable[[Any], Arguments], seed: int) -> dict[str, Tensor]:
+    @torch.enable_grad()
+    def batch(self, batch: Any, adapt: Callable[[Any], Arguments], seed: int) -> dict[str, Tensor]:
+        """Errors of one batch, of weights and of inputs, by unit."""
         leaves = Signature.of(self.module).flat(*adapt(batch))
         leaves = [
             x.detach().clone().requires_grad_(True)

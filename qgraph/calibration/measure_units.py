@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from qgraph.calibration import fisher, perturb
-from qgraph.calibration.fisher import FisherSweep, Probing, Ranges
+from qgraph.calibration.fisher import FisherSweep
 from qgraph.calibration.loader import Arguments
 from qgraph.calibration.perturb import PerturbSweep
 from qgraph.calibration.row_errors import FRACTIONS
 from qgraph.calibration.sensitivities import Sensitivity
 from qgraph.calibration.sensitivity_state import State
+from qgraph.calibration.unit_sweep import Probing, Ranges
 from qgraph.errors import unknown_name
 from qgraph.graph.bit_units import Unit
 from qgraph.graph.verify import checksum, structure, tensors

@@ -8,7 +8,7 @@ linearised.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
-from qgraph.calibration.fisher import Probing, Ranges, quantized_weight
+from qgraph.calibration.fisher import quantized_weight
 from qgraph.calibration.loader import Arguments, Signature
 from qgraph.calibration.objectives import distance
 from qgraph.calibration.row_errors import data_encoding, fake
-from qgraph.calibration.sensitivity_state import State
+from qgraph.calibration.unit_sweep import Probing, Ranges, UnitSweep
 from qgraph.errors import CalibrationError
 from qgraph.graph.bit_units import Unit
 from qgraph.graph.plan import Role
@@ -35,39 +35,20 @@ class _Keeper(Interpreter):
         super().__init__(module, garbage_collect_values=False)
 
 
-class PerturbSweep:
-    """Accumulates distances of all units over batches; arguments as for `FisherSweep`."""
+class PerturbSweep(UnitSweep):
+    """Accumulates distances of all units over batches; see `UnitSweep`."""
 
     def __init__(
         self, module: GraphModule, units: Sequence[Unit], ranges: Ranges,
         widths: tuple[Sequence[int], Sequence[int]], how: Probing,
     ) -> None:  # fmt: skip
-        self.module = module
-        self.units = [unit for unit in units if unit.pinned is None]
-        self.ranges = ranges
-        self.weight_bits, self.activation_bits = (tuple(w) for w in widths)
-        self.how = how
+        super().__init__(module, units, ranges, widths, how)
         self.nodes = list(module.graph.nodes)
 
     @torch.no_grad()
-    def run(
-        self, batches: Iterable[Any], adapt: Callable[[Any], Arguments], state: State,
-        progress: Callable[[str, int, int], None] | None = None,
-    ) -> int:  # fmt: skip
-        """Measure all batches that the state does not hold yet; returns how many there were."""
-        size = len(batches) if isinstance(batches, Sized) else 0
-        number = 0
-        for number, batch in enumerate(batches, start=1):
-            if state.wants(number - 1):
-                state.add(number - 1, self._batch(batch, adapt))
-            if progress is not None:
-                progress("sensitivity", number, size)
-        if number == 0:
-            msg = "the loader gave 0 batches, so no sensitivity can be measured"
-            raise CalibrationError(msg)
-        return number
-
-    def _batch(self, batch: Any, adapt: Callable[[Any], Arguments]) -> dict[str, Tensor]:
+    def batch(self, batch: Any, adapt: Callable[[Any], Arguments], seed: int) -> dict[str, Tensor]:
+        """Distances of one batch with each unit quantized alone."""
+        del seed  # nothing is drawn
         env = self.values(batch, adapt)
         exact = self.replay(env, [])
         measure = self._measure(exact, batch)

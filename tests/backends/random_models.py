@@ -13,6 +13,13 @@ from torch import Tensor, nn
 from qgraph.formats import Encoding
 from qgraph.graph.plan import Role, Site
 from tests.backends.builders import affine, per_channel
+from tests.backends.site_formats import (
+    dual_region,
+    free_bytes,
+    logarithmic,
+    power_of_two,
+    tied_bytes,
+)
 
 ACTIVATIONS: list[Callable[[Tensor], Tensor]] = [
     F.relu, F.relu6, F.gelu, F.silu, torch.sigmoid, torch.tanh, F.hardswish, lambda x: x,
@@ -110,13 +117,8 @@ def random_formats(seed: int) -> Callable[[Site, Tensor], Encoding]:
 
 def mixed_formats(seed: int) -> Callable[[Site, Tensor], Encoding]:
     """The same, and a third of the activations by tables, or with a scale per channel."""
-    from tests.backends import test_formats_in_products as others
-
     plain, draw = random_formats(seed), random.Random(seed + 1)
-    special = [
-        others.dual_region, others.power_of_two, others.logarithmic, others.tied_bytes,
-        others.free_bytes,
-    ]  # fmt: skip
+    special = [dual_region, power_of_two, logarithmic, tied_bytes, free_bytes]
 
     def choose(site: Site, values: Tensor) -> Encoding:
         if site.role is Role.ACTIVATION and draw.random() < 1 / 3:

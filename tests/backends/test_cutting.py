@@ -10,7 +10,7 @@ from qgraph.backends import onnx, parity, reference
 from qgraph.backends.cutting import CutGraph
 from qgraph.errors import VerificationError
 from tests.backends.builders import minmax, models, quantize
-from tests.backends.test_formats_in_products import CHOICES
+from tests.backends.site_formats import CHOICES
 
 MODELS = models()
 NAMES = [name for name, _, _ in MODELS]

@@ -18,7 +18,7 @@ from qgraph.backends import integer, parity
 from qgraph.backends.integer.dtypes import computed_dtypes, example_inputs
 from qgraph.backends.integer.fixed_kernels import convolve, convolve_transposed
 from tests.backends.builders import minmax, models, quantize, signed
-from tests.backends.test_formats_in_products import CHOICES
+from tests.backends.site_formats import CHOICES
 
 MODELS = models()
 NAMES = [name for name, _, _ in MODELS]

@@ -25,7 +25,7 @@ from qgraph.graph.dialect import DEQUANTIZE, DEQUANTIZE_LEVELS, QUANTIZE, QUANTI
 from qgraph.graph.trace import trace
 from qgraph.passes.insert_quantizers import parameter_nodes
 from tests.backends.builders import quantize
-from tests.backends.test_formats_in_products import free_bytes
+from tests.backends.site_formats import free_bytes
 from tests.backends.test_onnx_export import codes_of
 
 

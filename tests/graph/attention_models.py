@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention models of `qgraph.testing`, and their canonical graphs."""
+"""Canonical graphs of attention models."""
 
 from __future__ import annotations
 
@@ -12,62 +12,6 @@ from qgraph.graph.trace import trace
 from qgraph.graph.verify import Sample
 from qgraph.pipeline import Pipeline, run_pipeline
 from qgraph.pipelines import front
-from qgraph.testing.attention_kinds import (
-    DIM,
-    HEAD,
-    HEADS,
-    ILLEGAL,
-    LEGAL,
-    Grouped,
-    KeysReadElsewhere,
-    Masked,
-    NoBias,
-    Packed,
-    PackedSelf,
-    RelativePositions,
-    Returned,
-    RmsNormed,
-    RotaryHalf,
-    RotaryPairs,
-    ScaledKeys,
-    Separate,
-    SoftCapped,
-    Temperature,
-    Twice,
-    TwoWay,
-    UnitNormed,
-    join,
-    split,
-)
-
-__all__ = [
-    "DIM",
-    "HEAD",
-    "HEADS",
-    "ILLEGAL",
-    "LEGAL",
-    "Grouped",
-    "KeysReadElsewhere",
-    "Masked",
-    "NoBias",
-    "Packed",
-    "PackedSelf",
-    "RelativePositions",
-    "Returned",
-    "RmsNormed",
-    "RotaryHalf",
-    "RotaryPairs",
-    "ScaledKeys",
-    "Separate",
-    "SoftCapped",
-    "Temperature",
-    "Twice",
-    "TwoWay",
-    "UnitNormed",
-    "canonical",
-    "join",
-    "split",
-]
 
 
 def canonical(model: nn.Module, *args: Tensor) -> GraphModule:

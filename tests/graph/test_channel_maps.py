@@ -19,7 +19,8 @@ from qgraph.graph.build import shallow_copy
 from qgraph.graph.channel_maps import ChannelMaps, channel_maps
 from qgraph.graph.sign_folding import fold_signs, unfold_signs
 from qgraph.graph.verify import Sample, record_values, tensors
-from tests.graph.attention_models import DIM, HEAD, HEADS, ILLEGAL, LEGAL, canonical
+from qgraph.testing.attention_kinds import DIM, HEAD, HEADS, ILLEGAL, LEGAL
+from tests.graph.attention_models import canonical
 
 TOKENS, KEYS = 5, 7
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -16,7 +16,7 @@ from qgraph.graph.channel_maps import channel_maps
 from qgraph.graph.edges import Edge
 from qgraph.passes import CenterKeys, ChooseRanges, FoldKeySigns, InsertQuantizers
 from qgraph.pipeline import Fact, Pass, Promise
-from tests.graph.attention_models import Separate
+from qgraph.testing.attention_kinds import Separate
 from tests.passes.attention_pipelines import batches, decisions, run
 
 

@@ -10,7 +10,7 @@ from qgraph.calibration import ChannelRange
 from qgraph.graph.channel_maps import channel_maps
 from qgraph.graph.verify import Sample, record_values
 from qgraph.passes import CenterKeys, FoldKeySigns
-from tests.graph.attention_models import (
+from qgraph.testing.attention_kinds import (
     LEGAL,
     Grouped,
     KeysReadElsewhere,

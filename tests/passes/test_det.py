@@ -168,7 +168,7 @@ def test_a_filter_that_keeps_nothing_warns(caplog: pytest.LogCaptureFixture) -> 
 def test_tables_are_learned_and_tied_ones_stay_tied() -> None:
     forced = UseLogAffine(min_gain_db=float("-inf"))
     chosen = pipeline().replace("use-log-affine", forced).without("reconstruct-blocks")
-    chosen = chosen.replace("tune-ranges", TuneRanges(steps=25, batch=8, table_lr=0.05))
+    chosen = chosen.replace("tune-ranges", TuneRanges(steps=60, batch=8, table_lr=0.02))
     model = compiled(chosen, loss=LOSS)
     (line,) = [d for d in decisions(model, "tune-ranges") if "tables" in d.numbers]
     assert line.outcome == "applied"

@@ -14,7 +14,7 @@ from qgraph.graph.edges import Edge
 from qgraph.graph.row_classes import RowClasses
 from qgraph.passes import FoldKeySigns
 from qgraph.passes.fold_key_signs import negative_classes
-from tests.graph.attention_models import (
+from qgraph.testing.attention_kinds import (
     ILLEGAL,
     LEGAL,
     Grouped,

@@ -1,132 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-import contextlib
 import dataclasses
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from qgraph.calibration import reconstruction
-from qgraph.calibration.loader import adapter
-from qgraph.calibration.sample import small_sample
-from qgraph.context import Context
 from qgraph.errors import ConfigError, QGraphError
-from qgraph.graph.build import attribute, shallow_copy
+from qgraph.graph.build import shallow_copy
 from qgraph.graph.dialect import encoding_of, is_quantize
 from qgraph.graph.trace import trace
-from qgraph.graph.verify import checksum, tensors
-from qgraph.passes import PackWeights, ReconstructBlocks, reconstruct_blocks
+from qgraph.passes import ReconstructBlocks, reconstruct_blocks
 from qgraph.passes.reconstruct_blocks import _Work
 from qgraph.pipeline import run_pipeline
 from qgraph.pipelines import pipeline
-
-FAST: dict[str, Any] = {"steps": 30, "batch": 8, "lr": 5e-2, "warm_start": False}
-
-
-class Block(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.expand = nn.Linear(dim, 2 * dim)
-        self.contract = nn.Linear(2 * dim, dim)
-
-    def forward(self, x):
-        y = self.norm(x)
-        x = x + (y @ y.transpose(-2, -1)).softmax(-1) @ y
-        return x + self.contract(F.gelu(self.expand(x)))
-
-
-class Mixer(nn.Module):
-    """Two residual blocks over tokens, with a softmax inside, and a head."""
-
-    def __init__(self, dim=12):
-        super().__init__()
-        self.embed = nn.Linear(6, dim)
-        self.blocks = nn.ModuleList(Block(dim) for _ in range(2))
-        self.head = nn.Linear(dim, 4)
-
-    def forward(self, x):
-        x = self.embed(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x.mean(1))
-
-
-@cache
-def model():
-    torch.manual_seed(0)
-    built = Mixer().eval().requires_grad_(False)
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter.mul_(1.5)
-    return built
-
-
-@cache
-def traced():
-    return trace(model(), data()[0])
-
-
-def data(sizes=(16, 16, 16, 13), seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return list(torch.randn(sum(sizes), 5, 6, generator=generator).split(sizes))
-
-
-def prefix():
-    built = pipeline("w3a4", ends_bits=4)
-    return dataclasses.replace(built, passes=built.passes[: built.index("insert-quantizers") + 1])
-
-
-@cache
-def inserted():
-    """The graph behind insert-quantizers."""
-    module = shallow_copy(traced())
-    context = context_of(module)
-    run_pipeline(prefix(), module, context)
-    return module, context.facts
-
-
-def context_of(module, **options):
-    return Context(
-        sample=small_sample(module, (data()[0],), {}, dynamic=True),
-        adapt=adapter(module), facts=frozenset({"traced"}), **{"batches": data(), **options},
-    )  # fmt: skip
-
-
-def reconstructed(**options):
-    """Run only the pass, on a copy of the quantized graph."""
-    start, facts = inserted()
-    module = shallow_copy(start)
-    keys = ("cache_dir", "seed", "max_memory", "progress", "batches")
-    given = {k: options.pop(k) for k in keys if k in options}
-    context = context_of(module, **given)
-    context.facts = facts
-    item = ReconstructBlocks(**{**FAST, **options})
-    changed = item.run(module, context)
-    module.recompile()
-    return module, context, changed
-
-
-def outcomes(context):
-    return [d for d in context.decisions if d.by == "reconstruct-blocks" and d.numbers]
-
-
-def weight_codes(module):
-    """Codes of all weights, packed or still to be packed."""
-    packed = shallow_copy(module)
-    PackWeights().run(packed, context_of(packed))
-    return {
-        n.name.partition("_codes")[0]: attribute(packed, str(n.target))
-        for n in packed.graph.nodes
-        if n.op == "get_attr" and "_codes" in str(n.target)
-    }
-
-
-def same(left, right):
-    return all(torch.equal(left(b), right(b)) for b in data(seed=1))
+from tests.passes.reconstructing import (
+    FAST,
+    Mixer,
+    context_of,
+    data,
+    inserted,
+    model,
+    outcomes,
+    prefix,
+    reconstructed,
+    same,
+    weight_codes,
+)
 
 
 def test_no_steps_leave_the_network_as_rounding_to_nearest_does():
@@ -271,79 +172,6 @@ def steps_of(module):
         for n in module.graph.nodes
         if is_quantize(n) and n.args[0].op != "get_attr"
     ]
-
-
-def fingerprint(module):
-    held = {n: (checksum(t), t.requires_grad) for n, t in tensors(module).items()}
-    return held, module.training, torch.random.get_rng_state().tolist()
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_float_network_and_the_random_state_are_left_alone(fails, monkeypatch):
-    start, _ = inserted()
-    before = fingerprint(model()), fingerprint(traced()), fingerprint(start)
-    if fails:
-        monkeypatch.setattr(reconstruction, "output_loss", lambda *_: 1 / 0)
-    with contextlib.suppress(ZeroDivisionError):
-        reconstructed(global_weight=1.0, local_weight=1.0, steps=4)
-    assert (fingerprint(model()), fingerprint(traced()), fingerprint(start)) == before
-
-
-@pytest.mark.parametrize(("killed_at", "warm"), [(1, False), (2, True), (3, False)])
-def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(tmp_path, killed_at, warm):
-    options = {"warm_start": warm}
-    whole = weight_codes(reconstructed(cache_dir=tmp_path / "whole", **options)[0])
-
-    class KilledError(Exception):
-        pass
-
-    def kill(what, done, total):
-        if f" {killed_at + 1}/" in what:
-            raise KilledError
-
-    with pytest.raises(KilledError):
-        reconstructed(cache_dir=tmp_path / "cut", progress=kill, **options)
-    finished = sorted((tmp_path / "cut").rglob("region_*.pt"))
-    assert len(finished) == killed_at + 1
-    stamps = [path.stat().st_mtime_ns for path in finished]
-    module, context, _ = reconstructed(cache_dir=tmp_path / "cut", **options)
-    assert [path.stat().st_mtime_ns for path in finished] == stamps
-    resumed = weight_codes(module)
-    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
-    again, _, _ = reconstructed(cache_dir=tmp_path / "cut", **options)
-    assert same(again, module)
-    assert len(outcomes(context)) == 4
-
-
-def test_a_state_of_other_options_or_other_data_is_not_taken_over(tmp_path):
-    reconstructed(cache_dir=tmp_path, steps=2)
-    reconstructed(cache_dir=tmp_path, steps=3)
-    assert len(list(tmp_path.iterdir())) == 2
-    reconstructed(cache_dir=tmp_path, steps=2, batches=data(seed=5))
-    assert len(list(tmp_path.iterdir())) == 3
-    first, *others = data()
-    swapped = [first.flip(0), *others]
-    other = reconstructed(cache_dir=tmp_path, steps=2, batches=swapped)[0]
-    assert len(list(tmp_path.iterdir())) == 4
-    fresh = reconstructed(steps=2, batches=swapped)[0]
-    assert same(other, fresh)
-
-
-def test_values_on_disk_give_the_same_codes():
-    memory = weight_codes(reconstructed()[0])
-    disk = weight_codes(reconstructed(max_memory=0)[0])
-    assert all(torch.equal(memory[k], disk[k]) for k in memory)
-
-
-def test_an_interrupt_keeps_the_regions_that_are_finished():
-    def interrupt(what, done, total):
-        if " 3/" in what:
-            raise KeyboardInterrupt
-
-    module, context, changed = reconstructed(progress=interrupt)
-    assert changed
-    assert len(outcomes(context)) == 2
-    assert not same(module, inserted()[0])
 
 
 def test_global_supervision_lowers_the_held_out_divergence_of_logits():

@@ -15,7 +15,7 @@ from qgraph.formats import AffineEncoding, LevelEncoding
 from qgraph.formats.power_of_two import NAME, candidate_taus, power_of_two
 from qgraph.passes import ChooseRanges, ChooseWeightScales, InsertQuantizers, SearchSoftmaxBase
 from qgraph.passes.search_softmax_base import attention_errors, best_by_family
-from tests.graph.attention_models import Masked, PackedSelf, TwoWay
+from qgraph.testing.attention_kinds import Masked, PackedSelf, TwoWay
 from tests.passes.attention_pipelines import batches, decisions, run
 
 
