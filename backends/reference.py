@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -92,6 +92,8 @@ class Reference(Interpreter):
                 pending: Accumulated = self.env[n.args[0]]  # type: ignore[index]
                 clamp = pending.clamp.then(*self.semantics.clamps[n])
                 return Accumulated(pending.accumulator, pending.scale, clamp)
+            case Role.RESAMPLE:
+                return self._resample(n)
             case Role.SHAPE:
                 return self._call(n, self._raw)
             case Role.FLOAT:
@@ -157,6 +159,13 @@ class Reference(Interpreter):
             mask = torch.zeros(data.shape[axis], dtype=torch.int32).index_fill_(0, indices, 1)
             partials.append(exact_product(form, data * along(mask, axis, data.ndim), weight))
         return combine_partials(partials, form.group_scales)
+
+    def _resample(self, n: Node) -> Tensor:
+        source: Any = n.args[0]
+        levels = self.semantics.levels[source]
+        rest = map_arg(n.args[1:], self._raw)
+        value = n.target(levels.of_codes(self.env[source]).to(torch.float32), *rest)  # type: ignore[operator]
+        return cast(Tensor, value * levels.scale)
 
     def _quantize(self, n: Node) -> Tensor:
         source: Any = n.args[0]

@@ -46,6 +46,11 @@ _SHAPE_QUERIES = frozenset({
 })  # fmt: skip
 
 
+# Interpolation is linear: on levels its sums are exact wherever the weights are dyadic, so that no
+# runtime's order of summation shows.
+RESAMPLES = frozenset({aten.upsample_bilinear2d.vec, aten.upsample_bilinear2d.default})
+
+
 class Role(StrEnum):
     """What a node does with values in levels."""
 
@@ -55,6 +60,7 @@ class Role(StrEnum):
     MOVE = "move"  # moves codes or accumulators
     PRODUCT = "product"  # makes an accumulator
     CLAMP = "clamp"  # bounds put on a pending accumulator
+    RESAMPLE = "resample"  # interpolates levels; the scale comes afterwards
     TABLE = "table"  # one function of a chain evaluated on the table of values
     SHAPE = "shape"  # asks for sizes only
 
@@ -167,8 +173,13 @@ def _role(found: Semantics, node: Node) -> Role:
     if product(node) is not None:
         return _product(found, node)
     source = node.args[0] if node.args else None
-    if not isinstance(source, Node):
-        return Role.FLOAT
+    return _behind(found, node, source) if isinstance(source, Node) else Role.FLOAT
+
+
+def _behind(found: Semantics, node: Node, source: Node) -> Role:
+    """Role of an op that may take levels, or an accumulator, as its first argument."""
+    if _is_resampling(found, node, source):
+        return Role.RESAMPLE
     if source in found.sources and (bounds := clamp_bounds(node)) is not None:
         found.clamps[node], found.sources[node] = bounds, found.sources[source]
         return Role.CLAMP
@@ -208,6 +219,11 @@ def _move(found: Semantics, node: Node) -> Role:
         return Role.FLOAT
     found.levels[node] = Levels(levels.encoding, axis)
     return Role.MOVE
+
+
+def _is_resampling(found: Semantics, node: Node, source: Node) -> bool:
+    is_read = found.roles[source] is Role.READ and found.levels[source].axis is None
+    return node.target in RESAMPLES and is_read
 
 
 def _cat(found: Semantics, node: Node) -> Role:

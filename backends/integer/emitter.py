@@ -78,6 +78,8 @@ class Emitter(QuantizerEmission):
                 pending: Pending = self.env[node.args[0]]  # type: ignore[index]
                 clamp = pending.clamp.then(*self.semantics.clamps[node])
                 return Pending(pending.product, pending.moves, clamp)
+            case Role.RESAMPLE:
+                return self._resample(node)
             case Role.SHAPE:
                 return self.call(node.target, *map_arg(node.args, self._shaped))
             case Role.FLOAT:
@@ -95,6 +97,17 @@ class Emitter(QuantizerEmission):
         emitted = self.call(opaque(target) if self.compiled else target, *args, **kwargs)
         emitted.meta["val"] = node.meta.get("val")
         return emitted
+
+    def _resample(self, node: Node) -> Node | Coded:
+        """Interpolated levels, then the scale: exact in any order of summation."""
+        source: Any = node.args[0]
+        levels = self.semantics.levels[source]
+        integers = self.levels(self.env[source], levels, source.meta["val"].ndim)
+        target = opaque(node.target) if self.compiled else node.target
+        between = self.call(target, integers, *map_arg(node.args[1:], self._shaped))
+        between.meta["val"] = node.meta["val"]
+        scale = self.buffer(f"{source.name}_scale", levels.scale)
+        return self.arithmetic(aten.mul.Tensor, between, scale)
 
     def _contiguous(self, node: Node) -> Any:
         """A value in the layout that the reference uses, too: see `Semantics.layout`."""

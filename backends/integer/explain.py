@@ -140,7 +140,7 @@ def _row(
             return _make(node, kernel=f"table of {_entries(semantics, node)}", reason="exact table")
         case Role.CLAMP:
             return _make(node, kernel="folded", reason="becomes limits of the requantization")
-        case Role.FLOAT if _computes(node):
+        case Role.FLOAT | Role.RESAMPLE if _computes(node):
             return _make(node, kernel="float32", island=True, reason=_why(semantics, node))
         case _:
             return None

@@ -127,6 +127,9 @@ class FixedEmitter(Emitter):
         emitted = lowering(self, node) if lowering is not None else self._structural(node)
         return self._island(node) if emitted is None else emitted
 
+    def _resample(self, node: Node) -> Any:
+        return self._float(node)
+
     def _structural(self, node: Node) -> Node | None:
         """Movement, and comparisons between values or with zero."""
         from qgraph.backends.semantics import Role

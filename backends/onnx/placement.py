@@ -8,20 +8,22 @@ that makes the value. Convolutions are rewritten where only another form has an 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
 
+from qgraph.backends.levels import is_per_tensor
 from qgraph.backends.onnx.convolutions import (
     is_open,
     one_per_encoding,
     patches_to_linear,
     transposed_to_phases,
 )
+from qgraph.backends.semantics import RESAMPLES
 from qgraph.formats import AffineEncoding
 from qgraph.graph import dialect
-from qgraph.graph.build import insert_call
+from qgraph.graph.build import attribute, insert_buffer, insert_call
 from qgraph.graph.edges import in_edges
 
 aten = torch.ops.aten
@@ -38,6 +40,8 @@ def place(module: GraphModule) -> None:
     for node in list(module.graph.nodes):
         if node.target is aten.conv_transpose2d.input:
             transposed_to_phases(module, node)
+        elif node.target in RESAMPLES:
+            _scale_afterwards(module, node)
     pending = [n for n in module.graph.nodes if n.target is dialect.QUANTIZE]
     while pending:
         pending.extend(_raise(module, pending.pop()))
@@ -49,6 +53,22 @@ def place(module: GraphModule) -> None:
             else:
                 one_per_encoding(module, node)
     module.graph.eliminate_dead_code()
+
+
+def _scale_afterwards(module: GraphModule, node: Node) -> None:
+    """Interpolate levels and scale the result, as the other backends do."""
+    source: Any = node.args[0]
+    if not dialect.is_dequantize(source) or not is_per_tensor(dialect.encoding_of(module, source)):
+        return
+    scale = attribute(module, str(source.args[1].target))
+    one = insert_buffer(module, f"{source.name}_one", torch.ones_like(scale), before=node)
+    args, interpolate = (source.args[0], one, *source.args[2:]), cast(Any, node.target)
+    levels = insert_call(module, source.target, *args, like=source, before=node)
+    between = insert_call(module, interpolate, levels, *node.args[1:], like=node, before=node)
+    factor = insert_buffer(module, f"{source.name}_scale", scale.reshape(()), before=node)
+    scaled = insert_call(module, aten.mul.Tensor, between, factor, like=node, before=node)
+    node.replace_all_uses_with(scaled)
+    module.graph.erase_node(node)
 
 
 def _raise(module: GraphModule, node: Node) -> list[Node]:
