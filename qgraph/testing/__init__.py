@@ -9,7 +9,8 @@
         assert_preserves(MyPass(), case.model(), case.inputs())
 
 Strategies (they shrink to small things, and print as code):
-    models, graphs, conv_models, attention_models, unets, detectors, two_towers    -> Case
+    models, graphs, conv_models, attention_models, unets, detectors, two_towers,
+        stacks    -> Case
     tensors (outliers, dead channels, two modes, heavy tails, denormals, ...)      -> Tensor
     encodings, affine_encodings, level_encodings, pipelines, loaders
 Laws of passes: assert_preserves, assert_idempotent, assert_transports
@@ -49,6 +50,7 @@ from qgraph.testing.quantizers import affine_encodings, encodings, level_encodin
 from qgraph.testing.ranges import assert_in_range, assert_nearest
 from qgraph.testing.saving import assert_survives_saving
 from qgraph.testing.shrinking import shrink
+from qgraph.testing.stacks import Stack, stacks
 from qgraph.testing.statistics import assert_mergeable, assert_transports
 from qgraph.testing.symmetries import assert_permutation_invariant, assert_sign_fold_invariant
 from qgraph.testing.tensors import KINDS, awkward, tensors
@@ -68,6 +70,7 @@ __all__ = [
     "Loader",
     "Program",
     "Recipe",
+    "Stack",
     "Step",
     "TwoTower",
     "UNet",
@@ -97,6 +100,7 @@ __all__ = [
     "pipelines",
     "probes",
     "shrink",
+    "stacks",
     "tensors",
     "two_towers",
     "unets",

@@ -69,6 +69,21 @@ def test_a_value_on_a_threshold_takes_the_lower_rank():
 
 
 @pytest.mark.parametrize("axis", [0, 1, -1])
+def test_ranks_of_each_channel_are_decoded_by_its_own_scale_and_levels(axis):
+    torch.manual_seed(0)
+    ranks = torch.randint(0, 9, (3, 4, 5))
+    size = ranks.shape[axis]
+    levels = torch.randint(1, 5, (size, 9)).cumsum(1) - 12
+    scale = 2.0 ** torch.arange(size)
+    whole = LevelEncoding.nearest("random", scale, levels, storage_bits=4, axis=axis)
+    decoded, levels_of_ranks = whole.decode(ranks), whole.level(ranks)
+    for i in range(size):
+        wanted = levels[i][ranks.select(axis, i)]
+        assert torch.equal(levels_of_ranks.select(axis, i), wanted.to(levels_of_ranks.dtype))
+        assert torch.equal(decoded.select(axis, i), wanted.float() * scale[i])
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
 def test_channels_are_encoded_as_if_each_were_alone(axis):
     torch.manual_seed(0)
     x = torch.randn(3, 4, 5) * 10

@@ -1,48 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make mutants`: plant each bug in a copy, run its room's tests until the first fails.
 
-python -m tests.mutation.run [--only SUBSTRING] [--seconds 60]. Exits with 1 if one survives.
+python -m tests.mutation.run [--only SUBSTRING] [--seconds 60] [--generated 60] [--fresh]
+Results go to log.jsonl; what is caught there already is skipped. Exits with 1 if one survives.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
-import subprocess
+import json
 import sys
-import tempfile
 from pathlib import Path
 
 from tests.mutation.mutants import MUTANTS, Mutant
+from tests.mutation.planting import ROOT, Change, copy_of_the_repository, run
 
-ROOT = Path(__file__).parents[2]
-SKIPPED = shutil.ignore_patterns(
-    ".git", ".venv", "out", "*.safetensors", "*_cache", "__pycache__", "site", "*.egg-info"
-)
+LOG = Path(__file__).parent / "log.jsonl"
+Line = dict[str, object]
 
 
-def survives(mutant: Mutant, copy: Path, seconds: float) -> str:
-    """Why the planted bug was not caught, or ""; the copy is whole again afterwards."""
-    target = copy / mutant.file
-    whole = target.read_text()
-    target.write_text(whole.replace(mutant.old, mutant.new))
-    environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider",
-        "-m", "not slow and not cuda", *mutant.tests.split(),
-    ]  # fmt: skip
-    try:
-        done = subprocess.run(
-            command, cwd=copy, env=environment, timeout=seconds, capture_output=True, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return f"no test failed within {seconds:.0f} s"
-    finally:
-        target.write_text(whole)
-    if done.returncode == 0:
-        return "all tests passed"
-    return "" if done.returncode == 1 else f"pytest ended with {done.returncode}"
+def place(mutant: Mutant) -> Change:
+    """Where a named bug goes."""
+    start = (ROOT / mutant.file).read_text().index(mutant.old)
+    return Change(mutant.file, start, start + len(mutant.old), mutant.new)
+
+
+def logged() -> dict[tuple[object, ...], Line]:
+    """The last result of each bug."""
+    lines = [json.loads(line) for line in LOG.read_text().splitlines()] if LOG.exists() else []
+    return {(line["file"], line["old"], line["new"]): line for line in lines}
+
+
+def sound(tests: str, copy: Path, seconds: float) -> bool:
+    """Whether the tests pass where no bug is planted; without that a catch means nothing."""
+    if logged().get((tests, "", ""), {}).get("why") == "all tests passed":
+        return True
+    found = run(None, tests, copy, 4 * seconds)
+    note({"file": tests, "old": "", "new": "", "why": found.why, "seconds": round(found.seconds)})
+    print(f"whole: {found.why or found.output[-2000:]}, {found.seconds:.0f} s {tests}", flush=True)
+    return found.why == "all tests passed"
+
+
+def note(line: Line) -> None:
+    """Append a result."""
+    with LOG.open("a") as log:
+        log.write(json.dumps(line) + "\n")
 
 
 def main() -> int:
@@ -50,20 +52,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation.run", description=__doc__)
     parser.add_argument("--only", default="", help="substring of the file")
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     options = parser.parse_args()
+    if options.fresh:
+        LOG.unlink(missing_ok=True)
+    done = logged()
     chosen = [m for m in MUTANTS if options.only in m.file]
-    survivors = 0
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "copy"
-        shutil.copytree(ROOT, copy, symlinks=True, ignore=SKIPPED)
-        for mutant in chosen:
-            why = survives(mutant, copy, options.seconds)
-            survivors += bool(why)
-            verdict = f"SURVIVED ({why})" if why else "caught"
-            print(
-                f"{verdict:8} {mutant.file}: {mutant.old[:60]!r} -> {mutant.new[:60]!r}", flush=True
-            )
-    print(f"{len(chosen) - survivors} of {len(chosen)} planted bugs caught")
+    waiting = [m for m in chosen if done.get(m[:3], {}).get("why", "?")]
+    with copy_of_the_repository() as copy:
+        for mutant in waiting:
+            if not sound(mutant.tests, copy, options.seconds):
+                continue
+            verdict = run(place(mutant), mutant.tests, copy, options.seconds)
+            note({**mutant._asdict(), "why": verdict.why, "seconds": round(verdict.seconds)})
+            word = f"SURVIVED ({verdict.why})" if verdict.why else "caught"
+            print(f"{word:8} {mutant.file}: {mutant.old[:60]!r} -> {mutant.new[:60]!r}", flush=True)
+    done = logged()
+    survivors = [m for m in chosen if done.get(m[:3], {}).get("why", "not run")]
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} planted bugs caught")
     return 1 if survivors else 0
 
 

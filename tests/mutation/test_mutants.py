@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from tests.mutation.mutants import MUTANTS, Mutant
-from tests.mutation.run import ROOT
+from tests.mutation.planting import ROOT
 
 
 def test_there_are_at_least_sixty():

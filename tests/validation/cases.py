@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 import qgraph
 from qgraph.backends import parity
@@ -25,10 +27,12 @@ from qgraph.testing import (
     models,
     pipelines,
 )
+from qgraph.testing.stacks import Stack, stacks
 
 T = TypeVar("T")
 # onnxruntime takes most of a case's time.
 ONNX_EVERY = 5
+PIPELINES_PER_MODEL = 4
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Outcome:
 
     Attributes:
         number: of the case.
-        kind: of the model: its recipe and what distinguishes it.
+        kinds: of the model: its recipe and what distinguishes it.
         pipeline: its name.
         codes: compared between integer and reference.
         refusal: the typed error, where qgraph said no.
@@ -45,7 +49,7 @@ class Outcome:
     """
 
     number: int
-    kind: str
+    kinds: tuple[str, ...]
     pipeline: str
     codes: int = 0
     refusal: str = ""
@@ -69,46 +73,73 @@ def drawn(strategy: st.SearchStrategy[T], number: int) -> T:
     return found[-1]
 
 
-def kind_of(case: Case) -> str:
-    """Recipe with its parameters, without sizes: what makes two architectures different."""
+def kinds_of(case: Case) -> tuple[str, ...]:
+    """What makes two architectures different: recipe and its parameters, without sizes; a stack
+    is of the kinds of its blocks.
+    """
     recipe = case.recipe
+    if isinstance(recipe, Stack):
+        return tuple(sorted({f"Stack {name}" for name in (*recipe.image, *recipe.token)}))
     words = [
         f"{name}={value}" for name, value in sorted(vars(recipe).items())
         if isinstance(value, (str, bool))
     ]  # fmt: skip
-    return " ".join([type(recipe).__name__, *words])
+    return (" ".join([type(recipe).__name__, *words]),)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A drawn model, as the user has it and traced."""
+
+    case: Case
+    model: nn.Module
+    traced: GraphModule
+
+
+@functools.lru_cache(maxsize=1)
+def subject(number: int) -> Subject:
+    """Model `number`; tracing takes longer than all else, so neighbouring cases share it."""
+    case = drawn(st.one_of(models(), stacks()), number)
+    model = case.model()
+    return Subject(case, model, qgraph.trace(model, *case.inputs()))
 
 
 def check(number: int) -> Outcome:
     """Compile case `number` twice and compare everything that must be equal."""
-    case, chosen = drawn(models(), number), drawn(pipelines(), number)
-    kind = kind_of(case)
+    found, chosen = subject(number // PIPELINES_PER_MODEL), drawn(pipelines(), number)
+    kinds = kinds_of(found.case)
     try:
-        codes = _check(case, chosen, with_onnx=number % ONNX_EVERY == 0)
+        codes = check_case(found, chosen, with_onnx=number % ONNX_EVERY == 0)
     except PassError as error:  # a broken promise, or a pass that crashed
-        return Outcome(number, kind, chosen.name, failure=f"{type(error).__name__}: {error}")
+        return Outcome(number, kinds, chosen.name, failure=f"{type(error).__name__}: {error}")
     except QGraphError as error:
-        return Outcome(number, kind, chosen.name, refusal=f"{type(error).__name__}: {error}")
+        return Outcome(number, kinds, chosen.name, refusal=f"{type(error).__name__}: {error}")
     except Exception as error:  # noqa: BLE001  any other error is what this looks for
-        return Outcome(number, kind, chosen.name, failure=f"{type(error).__name__}: {error}")
-    return Outcome(number, kind, chosen.name, codes=codes)
+        return Outcome(number, kinds, chosen.name, failure=f"{type(error).__name__}: {error}")
+    return Outcome(number, kinds, chosen.name, codes=codes)
 
 
-def _check(case: Case, chosen: Pipeline, *, with_onnx: bool) -> int:
-    model = case.model()
+def check_case(found: Subject, chosen: Pipeline, *, with_onnx: bool) -> int:
+    """Compile a model twice, once from its trace, and compare; return how many codes were.
+
+    With ONNX the first compilation starts from the module itself.
+    """
+    model, loader = found.model if with_onnx else found.traced, found.case.loader()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    first = qgraph.compile(model, case.loader(), pipeline=chosen, progress=False)
-    second = qgraph.compile(model, case.loader(), pipeline=chosen, progress=False)
+    text = str(found.traced.graph)
+    first = qgraph.compile(model, loader, pipeline=chosen, progress=False)
+    second = qgraph.compile(found.traced, loader, pipeline=chosen, progress=False)
     _assert_untouched(model, before)
+    assert str(found.traced.graph) == text, "the caller's graph changed"
     assert _bytes(first) == _bytes(second), "a second compilation gave another file"
     assert_survives_saving(first)
-    call: tuple[Any, dict[str, Any]] = (case.inputs(7), {})
+    call: tuple[Any, dict[str, Any]] = (found.case.inputs(7), {})
     report = parity.compare(first.graph_module, call)
     assert report.mismatches == 0, f"integer differs from reference: {report.first_difference}"
     fixed = parity.compare(first.graph_module, call, mode="fixed_point")
     assert fixed.mismatches == 0, f"fixed_point differs: {fixed.first_difference}"
     if with_onnx:
-        assert_parity(first, case.inputs(7))
+        assert_parity(first, found.case.inputs(7))
         assert_exports(first)
     return report.codes + fixed.codes
 

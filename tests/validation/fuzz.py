@@ -45,8 +45,12 @@ def summary(start: int, outcomes: list[Outcome]) -> Line:
         "cases": len(outcomes),
         "codes": sum(o.codes for o in outcomes),
         "refused": dict(refused),
-        "failed": [[o.number, o.kind, o.pipeline, o.failure[:300]] for o in outcomes if o.failure],
-        "kinds": sorted({o.kind for o in outcomes}),
+        "failed": [
+            [o.number, " ".join(o.kinds), o.pipeline, o.failure[:300]]
+            for o in outcomes
+            if o.failure
+        ],
+        "kinds": sorted({kind for o in outcomes for kind in o.kinds}),
     }
 
 
@@ -81,7 +85,7 @@ def main() -> int:
     starts = range(first, first + options.count, CHUNK)
     deadline = time.monotonic() + 60 * options.minutes
     failures = 0
-    with ProcessPoolExecutor(options.processes) as pool:
+    with ProcessPoolExecutor(options.processes, max_tasks_per_child=10) as pool:
         pending = {}
         waiting = iter(starts)
         for start in waiting:
