@@ -36,6 +36,8 @@ from qgraph.pipeline import Fact, Pass, Promise
 METHODS = ("output", "mse", "minmax", "percentile", "entropy")
 
 LOGGER = logging.getLogger("qgraph")
+Key = tuple[Node, int]
+Clips = dict[Key, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,9 @@ class ChooseRanges(Pass):
                 yield Request(value, "Reservoir", options)
 
     def run(self, module: GraphModule, context: Context) -> bool:  # noqa: D102
-        self._spare_adds(context)
+        found = self._spare_adds(context)
         for (value, bits), sites in context.plan.by_value(undecided_only=True).items():
-            low, high, how = self._range(module, context, value, bits, sites)
+            low, high, how = self._range(module, context, (value, bits), sites, found)
             self._doubt(context, value)
             grid = IntGrid(bits, signed=False)
             scale, zero_point = affine_parameters(low, high, grid.qmin, grid.qmax, symmetric=False)
@@ -106,8 +108,9 @@ class ChooseRanges(Pass):
             LOGGER.warning("%s: %s", module_path(value) or value.name, reason)
 
     def _range(
-        self, module: GraphModule, context: Context, value: Node, bits: int, sites: list[Site]
+        self, module: GraphModule, context: Context, key: Key, sites: list[Site], known: Clips
     ) -> tuple[float, float, str]:
+        value, bits = key
         seen = context.statistics[value]
         extrema = seen.range()
         weight = output_weight(module, sites) if self.method == "output" else None
@@ -121,32 +124,39 @@ class ChooseRanges(Pass):
             )
             return (*found, "output-aware")
         method = "mse" if self.method == "output" else self.method
+        if method == "mse" and key in known:
+            return (*known[key], method)
         source = seen.get(Histogram) if method != "minmax" else seen.find(Histogram)
         found = choose_range(source, extrema, bits=bits, method=method)  # type: ignore[arg-type]
         return (*found, method)
 
-    def _spare_adds(self, context: Context) -> None:
-        """Take adds off the plan whose operands would lose too much."""
+    def _spare_adds(self, context: Context) -> Clips:
+        """Take adds off the plan whose operands would lose too much; the clips that it tried."""
+        clips: Clips = {}
         adds: dict[Node, list[Site]] = {}
         for site in context.plan.activations():
             if site.kind is OpKind.ADD and site.encoding is None and self.add_sqnr > -math.inf:
                 adds.setdefault(site.edge.consumer, []).append(site)
         for consumer, sites in adds.items():
-            kept = min(self._sqnr(context, site) for site in sites)
+            kept = min(_sqnr(context, site, clips) for site in sites)
             if kept < self.add_sqnr:
                 for site in sites:
                     context.plan.remove(site)
                 reason = f"an operand would keep {kept:.1f} dB, below {self.add_sqnr:g}"
                 context.record(self.name, consumer, "kept", reason, sqnr=kept)
+        return clips
 
-    def _sqnr(self, context: Context, site: Site) -> float:
-        """dB that the value of a site keeps at its best clip."""
-        seen = context.statistics[site.value]
-        source, extrema = seen.find(Histogram), seen.range()
-        if source is None:
-            return math.inf
-        found = choose_range(source, extrema, bits=site.bits)
-        return range_sqnr(source, found, bits=site.bits)
+
+def _sqnr(context: Context, site: Site, clips: Clips) -> float:
+    """dB that the value of a site keeps at its best clip, which is added to `clips`."""
+    seen = context.statistics[site.value]
+    source, extrema = seen.find(Histogram), seen.range()
+    if source is None:
+        return math.inf
+    bins, key = source.bins(), (site.value, site.bits)
+    if key not in clips:
+        clips[key] = choose_range(bins, extrema, bits=site.bits)
+    return range_sqnr(bins, clips[key], bits=site.bits)
 
 
 def output_weight(module: GraphModule, sites: list[Site]) -> Tensor | None:

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from qgraph.graph.dialect import result_dtype
 from qgraph.graph.edges import Edge
 
 _COPIED_META = ("nn_module_stack", "stack_trace", "torch_fn")
@@ -34,11 +35,15 @@ def set_value(module: GraphModule, node: Node) -> None:
     def value_of(item: Node) -> Any:
         if item.op == "get_attr" and "val" not in item.meta:
             value = attribute(module, str(item.target))  # a constant: its sizes are no symbols
-            item.meta["val"] = mode.from_tensor(value, static_shapes=True)
+            item.meta["val"] = _described(mode, value, value.dtype)
         return item.meta["val"]
 
     if node.op == "get_attr":
         value_of(node)
+        return
+    dtype = result_dtype(node)
+    if dtype is not None and _is_packed(source := value_of(node.args[0])):  # type: ignore[arg-type]
+        node.meta["val"] = _described(mode, source, dtype)
         return
     args: Any = map_arg(node.args, value_of)
     kwargs: Any = map_arg(node.kwargs, value_of)
@@ -48,6 +53,22 @@ def set_value(module: GraphModule, node: Node) -> None:
             node.meta["val"] = args[0].new_empty(shape)
         else:
             node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _described(mode: FakeTensorMode, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A fake tensor of the same sizes; the dispatcher's way there takes ten times as long."""
+    meta = torch.empty_strided(like.shape, like.stride(), dtype=dtype, device="meta")
+    return FakeTensor(mode, meta, like.device)
+
+
+def _is_packed(value: Tensor) -> bool:
+    """Whether only the first size is a symbol and the strides are those of a packed tensor."""
+    expected = 1
+    for size, stride in zip(reversed(value.shape[1:]), reversed(value.stride()[1:]), strict=True):
+        if not isinstance(size, int) or stride != expected:
+            return False
+        expected *= size
+    return value.ndim > 0 and value.stride()[0] == expected
 
 
 def _matmul_shape(left: Tensor, right: Tensor) -> tuple[Any, ...] | None:
@@ -135,14 +156,17 @@ def shallow_copy(module: GraphModule) -> GraphModule:
     return clone
 
 
-def prune(module: GraphModule) -> bool:
-    """Drop dead constants and the tensors no node reads; return whether anything went."""
+def prune(module: GraphModule, *, recompile: bool = True) -> bool:
+    """Drop dead constants and the tensors no node reads; return whether anything went.
+
+    Without `recompile` the module's code is stale afterwards, which the caller sees to.
+    """
     changed = False
     for node in reversed(list(module.graph.nodes)):
         if node.op == "get_attr" and not node.users:
             module.graph.erase_node(node)
             changed = True
-    if changed:
+    if changed and recompile:
         module.recompile()
     read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
     for name in [*dict(module.named_parameters()), *dict(module.named_buffers())]:

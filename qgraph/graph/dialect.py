@@ -112,6 +112,15 @@ def is_dequantize(node: object) -> bool:
     return isinstance(node, Node) and node.op == "call_function" and node.target in DEQUANTIZERS
 
 
+def result_dtype(node: Node) -> torch.dtype | None:
+    """Dtype of a dialect op's result, which has the sizes of its input; None for other ops."""
+    if node.target in DEQUANTIZERS:
+        return torch.float32
+    if node.target is QUANTIZE:
+        return code_dtype(*node.args[3:5])  # type: ignore[arg-type]
+    return None
+
+
 def buffer(module: GraphModule, argument: Any, reader: Node) -> Tensor:
     """The tensor behind a get_attr argument of `reader`.
 

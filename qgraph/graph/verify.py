@@ -159,13 +159,15 @@ class Verifier:
     def after(self, item: Claim, module: GraphModule, *, changed: bool) -> float | None:
         """Verify; return the largest output difference where outputs were compared.
 
+        Dead tensors go, so the module is to be recompiled afterwards.
+
         Raises:
             PassError: malformed graph, a dishonest bool, a tensor written in place.
             VerificationError: the promise does not hold.
         """
         if not self.enabled:
             if changed:
-                prune(module)
+                prune(module, recompile=False)
             return None
         try:
             check_form(module)
@@ -176,7 +178,7 @@ class Verifier:
         self._check_honesty(item, module, changed=changed)
         if not changed:
             return None
-        prune(module)
+        prune(module, recompile=False)
         try:
             outputs = self._run(module)
         except PassError as error:
