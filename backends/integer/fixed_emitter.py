@@ -27,6 +27,7 @@ from qgraph.backends.products import ProductForm, contraction_axis_of_weight
 from qgraph.backends.semantics import Semantics
 from qgraph.formats import AffineEncoding, Encoding, LevelEncoding
 from qgraph.formats.base import along
+from qgraph.formats.levels import ranks_by_channel
 
 aten = torch.ops.aten
 
@@ -246,12 +247,16 @@ class FixedEmitter(Emitter):
         """Ranks of fixed-point values: thresholds in fixed point, compared as integers."""
         source: Any = node.args[0]
         storage = Storage.of(target)
-        if target.thresholds.ndim != 1 or target.scale.numel() != 1 or source.op == "placeholder":
+        if source.op == "placeholder":
             return super()._quantize_levels(node, target)
-        real = target.thresholds.double() * target.scale.double()
+        scale = target.scale.double().reshape(() if target.scale.numel() == 1 else (-1, 1))
+        real = target.thresholds.double() * scale
         cuts = self.buffer(f"{node.name}_thresholds", torch.floor(real * fixed.ONE).to(torch.int64))
         value = self.call(aten.contiguous.default, self.plain(source))
-        ranks = self.call(aten.bucketize.Tensor, value, cuts)
+        if real.ndim == 1:
+            ranks = self.call(aten.bucketize.Tensor, value, cuts)
+        else:
+            ranks = self.call(ranks_by_channel, value, cuts, target.axis)
         return Coded(self.call(aten.to.dtype, ranks, storage.dtype), storage)
 
     # -- products ------------------------------------------------------------------------

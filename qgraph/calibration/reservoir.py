@@ -178,17 +178,23 @@ class JointReservoir(_BottomK):
         leads: per value, how many of its leading dimensions the sampled index runs over; the
             first has the longest.
         rows, per_sample, seed: as in `Reservoir`.
+        index_axis: a leading dimension whose index is kept as one more payload [1]; 0: none.
     """
 
-    OPTIONS: ClassVar[tuple[str, ...]] = ("leads", "rows", "per_sample", "seed")
+    OPTIONS: ClassVar[tuple[str, ...]] = ("leads", "rows", "per_sample", "seed", "index_axis")
 
     def __init__(
-        self, leads: tuple[int, ...], rows: int = 128, per_sample: int = 4, seed: int = 0
-    ) -> None:
+        self, leads: tuple[int, ...], rows: int = 128, per_sample: int = 4, seed: int = 0,
+        *, index_axis: int = 0,
+    ) -> None:  # fmt: skip
         if not leads or min(leads) < 1 or max(leads) != leads[0]:
             msg = f"leads={leads}; allowed: numbers from 1, the first the largest"
             raise ConfigError(msg)
+        if not 0 <= index_axis < leads[0]:
+            msg = f"index_axis={index_axis}; allowed: 0 to {leads[0] - 1}"
+            raise ConfigError(msg)
         self.leads = tuple(leads)
+        self.index_axis = index_axis
         self.rows = rows
         self.per_sample = per_sample
         self.seed = seed
@@ -223,8 +229,14 @@ class JointReservoir(_BottomK):
             picked = Observation.at(value, index[: n - 1]) if n > 1 else value.unsqueeze(1)
             count = index[0].shape[0] if inner else 1
             payloads.append(picked.expand(picked.shape[0], count, *value.shape[n:]))
+        if self.index_axis:
+            places = index[self.index_axis - 1].to(torch.float32).view(1, -1, 1)
+            payloads.append(places.expand(lead[0], -1, -1))
         self._offer(payloads, None)
 
     def sampled(self) -> tuple[Tensor, ...]:
-        """One fp32 tensor [n, ...] per value, the same index at the same place."""
+        """One fp32 tensor [n, ...] per value, the same index at the same place.
+
+        With `index_axis`, one more: that index of each row, [n, 1].
+        """
         return tuple(self._sampled())

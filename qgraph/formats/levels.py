@@ -7,6 +7,7 @@ construction, and a new format is a function that fills the table.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,9 +42,14 @@ def levels_encode(x: Tensor, scale: Tensor, thresholds: Tensor, axis: int | None
     if thresholds.ndim == 1:
         return torch.bucketize(units.contiguous(), thresholds).to(dtype)
     assert axis is not None, "thresholds per channel need an axis"
-    moved = units.movedim(axis, 0)
+    return ranks_by_channel(units, thresholds, axis).to(dtype)
+
+
+def ranks_by_channel(x: Tensor, thresholds: Tensor, axis: int) -> Tensor:
+    """int64: how many of its channel's thresholds [C, L-1] lie strictly below each element."""
+    moved = x.movedim(axis, 0)
     ranks = torch.searchsorted(thresholds, moved.reshape(moved.shape[0], -1).contiguous())
-    return ranks.to(dtype).view(moved.shape).movedim(0, axis)
+    return ranks.view(moved.shape).movedim(0, axis)
 
 
 def _count_below(units: Tensor, thresholds: Tensor) -> Tensor:
@@ -139,3 +145,29 @@ class LevelEncoding(Encoding):
 
     def describe(self) -> str:  # noqa: D102
         return f"{self.name} {self.storage_bits}-bit {self.granularity}"
+
+
+def by_channel(encodings: Sequence[LevelEncoding], axis: int) -> LevelEncoding:
+    """One encoding that codes channel c of `axis` as ``encodings[c]`` does, of values >= 0.
+
+    Scales are [C], levels and thresholds [C, ...]. Shorter tables are filled up below zero, where
+    no value of theirs is ever coded.
+
+    Raises:
+        ConfigError: no encodings, different formats or widths, or levels below zero.
+    """
+    kinds = {(each.name, each.storage_bits) for each in encodings}
+    lowest = [int(each.levels.min()) for each in encodings if each.levels.ndim == 1]
+    if len(kinds) != 1 or len(lowest) != len(encodings) or min(lowest) < 0:
+        msg = f"{len(encodings)} encodings of {sorted(kinds)} with levels from {lowest} on do not"
+        msg += " make one by channel: one format, one width, one table each, levels from 0 on"
+        raise ConfigError(msg)
+    size = max(each.levels.numel() for each in encodings)
+    below = [torch.arange(each.levels.numel() - size, 0) for each in encodings]
+    levels = [torch.cat([b, each.levels]) for b, each in zip(below, encodings, strict=True)]
+    cuts = [torch.cat([b, each.thresholds]) for b, each in zip(below, encodings, strict=True)]
+    (name, bits) = kinds.pop()
+    return LevelEncoding(
+        name=name, scale=torch.stack([each.scale.reshape(()) for each in encodings]),
+        levels=torch.stack(levels), thresholds=torch.stack(cuts), storage_bits=bits, axis=axis,
+    )  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qgraph.calibration import JointReservoir, Reservoir
-from qgraph.errors import CalibrationError
+from qgraph.errors import CalibrationError, ConfigError
 
 
 def test_sampled_rows_are_rows_of_the_data():
@@ -99,3 +99,19 @@ def test_values_without_common_indices_are_refused():
         JointReservoir((2, 2)).update_all([torch.rand(2, 3), torch.rand(2, 4)])
     with pytest.raises(CalibrationError, match="do not share leading dimensions"):
         JointReservoir((2, 2)).update(torch.rand(2, 3))
+
+
+def test_rows_know_which_head_they_come_from():
+    reservoir = JointReservoir((3, 2), rows=12, per_sample=6, index_axis=1)
+    for _ in range(3):
+        values = torch.randn(2, 3, 5, 4)
+        heads = torch.arange(3.0)[None, :, None].expand(2, 3, 7)
+        values[..., 0] = torch.arange(3.0)[None, :, None]
+        reservoir.update_all([values, heads[..., None]])
+    rows, constants, places = reservoir.sampled()
+    assert places.shape == (12, 1)
+    assert set(places.flatten().tolist()) == {0.0, 1.0, 2.0}
+    assert torch.equal(rows[:, :1], places)
+    assert torch.equal(constants[:, 0], places)
+    with pytest.raises(ConfigError, match="index_axis=3"):
+        JointReservoir((3, 2), index_axis=3)

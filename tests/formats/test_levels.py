@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qgraph.errors import ConfigError
 from qgraph.formats import LevelEncoding
-from qgraph.formats.levels import levels_encode, midpoints, rank_dtype
+from qgraph.formats.levels import by_channel, levels_encode, midpoints, rank_dtype
 
 SCALES = st.floats(2.0**-8, 4.0, width=32)
 TABLES = st.sets(st.integers(-(2**14), 2**14), min_size=2, max_size=40).map(sorted)
@@ -149,3 +149,32 @@ def test_each_channel_decodes_with_its_own_scale():
     wanted = torch.tensor([[-0.5, -2.0], [1.5, 6.0], [0.0, 6.0]])
     assert torch.equal(encoding.decode(ranks), wanted)
     assert torch.equal(encoding.encode(wanted), ranks)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.sets(st.integers(1, 2**14), min_size=1, max_size=12), min_size=1, max_size=4),
+    st.lists(st.floats(0.0, 20000.0, width=32), min_size=1, max_size=8), SCALES,
+)  # fmt: skip
+def test_joined_tables_of_different_lengths_code_as_each_alone(tables, units, scale):
+    alone = [
+        LevelEncoding.nearest(
+            "table", torch.tensor(scale) * (i + 1), torch.tensor([0, *sorted(t)]), storage_bits=4
+        )
+        for i, t in enumerate(tables)
+    ]
+    joined = by_channel(alone, 1)
+    x = torch.tensor(units)[:, None].expand(-1, len(alone)) * scale
+    decoded = [each.fake(x[:, i]) for i, each in enumerate(alone)]
+    assert torch.equal(joined.fake(x), torch.stack(decoded, 1))
+    assert joined.levels.shape[1] == max(each.levels.numel() for each in alone)
+    assert torch.equal(joined.encode(joined.fake(x)), joined.encode(x))
+
+
+def test_tables_below_zero_or_of_other_formats_are_not_joined():
+    plain = LevelEncoding.nearest("a", torch.tensor(1.0), torch.arange(3), storage_bits=2)
+    below = LevelEncoding.nearest("a", torch.tensor(1.0), torch.arange(-1, 2), storage_bits=2)
+    other = LevelEncoding.nearest("b", torch.tensor(1.0), torch.arange(3), storage_bits=2)
+    for wrong in ([], [plain, below], [plain, other]):
+        with pytest.raises(ConfigError, match="do not make one"):
+            by_channel(wrong, 1)
