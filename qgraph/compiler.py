@@ -21,7 +21,7 @@ from torch.fx import GraphModule
 
 from qgraph.backends.onnx.latency import price_of_products
 from qgraph.calibration.loader import adapter, first_batch
-from qgraph.calibration.sample import example_of, small_sample
+from qgraph.calibration.sample import Call, example_of, small_sample
 from qgraph.context import Context, Progress
 from qgraph.errors import ConfigError
 from qgraph.graph.ignore import Ignore, Pattern
@@ -33,6 +33,7 @@ from qgraph.pipeline import Fact, Pipeline, run_pipeline
 from qgraph.pipelines import pipeline as named_pipeline
 from qgraph.progress import progress_bar
 from qgraph.report.build import build_report
+from qgraph.validation import check_unchanged, fingerprint, validate
 
 
 def compile(  # noqa: A001
@@ -76,7 +77,9 @@ def compile(  # noqa: A001
         max_drop: in the metric's units.
         device: where to calibrate; default: where the model is.
         seed: of every random choice; the same seed gives the same bytes.
-        verify: check the graph after each pass; ``"full"`` also compares the backends at the end.
+        verify: check the graph after each pass; ``"full"`` also validates the result on the first
+            batch: backends, saved and exported files, a second compilation (so it takes twice as
+            long), and that the model is unchanged.
         progress: True for a bar, a callable (what, done, total), or False; default: a bar on a
             terminal.
         row_masks: (args, kwargs) -> bool [B, T] of the tokens that count in statistics.
@@ -87,7 +90,7 @@ def compile(  # noqa: A001
         CaptureError: the model cannot be traced.
         CalibrationError: the loader, or a value in the network, is unusable.
         ConfigError: an unknown pipeline, a pattern that matches nothing, bits out of range.
-        VerificationError: a pass broke its promise.
+        VerificationError: a pass broke its promise, or the result one of `verify="full"`.
 
     Example:
         >>> quantized = qgraph.compile(model, calib_loader, pipeline="int8")  # doctest: +SKIP
@@ -95,14 +98,11 @@ def compile(  # noqa: A001
     """
     chosen = named_pipeline(pipeline) if isinstance(pipeline, str) else pipeline
     chosen.check({Fact.TRACED})
-    check_limits(metric_fn, max_drop)
-    if verify not in {True, False, "full"}:
-        msg = f"verify is {verify!r}; allowed: True, False, 'full'"
-        raise ConfigError(msg)
-
+    _check_options(verify, metric_fn, max_drop)
+    before = fingerprint(model) if verify == "full" else {}
     batch, loader = first_batch(calib_loader)
-    args, kwargs = example_of(model, batch if example_inputs is None else example_inputs, transform)
-    module = trace(model, *args, dynamic_shapes=dynamic_shapes, **kwargs)
+    given = batch if example_inputs is None else example_inputs
+    module, call = _traced(model, given, transform, dynamic_shapes)
     if device is not None:
         module.to(device)
     if metric_fn is not None and max_drop is not None:
@@ -116,31 +116,58 @@ def compile(  # noqa: A001
                 reference = float(metric_fn(module))
             return cheapest_within(again, chosen, metric_fn, reference=reference, max_drop=max_drop)
 
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), progress_bar(progress) as report:
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), progress_bar(progress) as shown:
         torch.manual_seed(seed)
-        context = _context(module, loader, transform, (args, kwargs))
-        context.ignore, context.loss, context.seed = Ignore.of(ignore), loss, seed
-        context.verify, context.progress, context.row_masks = verify, report, row_masks
-        context.cache_dir = None if cache_dir is None else Path(cache_dir)
-        context.max_memory = max_memory
-        if any(isinstance(p, AssignBits) and "ms" in p.budget for p in chosen):
-            context.latency = price_of_products()
+        context = _context(
+            chosen, module, loader, transform, call, ignore=Ignore.of(ignore), loss=loss,
+            seed=seed, verify=verify, progress=shown, row_masks=row_masks, max_memory=max_memory,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
+        )  # fmt: skip
+        own = small_sample(module, *call, dynamic=False)  # on the model's device, whole
         steps = run_pipeline(chosen, module, context)
-        summary = build_report(chosen, module, context, steps)
-
-    quantized = QuantizedModel(module, summary, context.sample)
+        report = build_report(chosen, module, context, steps)
+    quantized = QuantizedModel(module, report, context.sample)
     if verify == "full":
-        quantized.report = quantized.report.with_parity(quantized.verify().check())
+        again = functools.partial(
+            compile, model, loader, chosen, example_inputs=example_inputs, transform=transform,
+            dynamic_shapes=dynamic_shapes, ignore=ignore, loss=loss, device=device, seed=seed,
+            row_masks=row_masks, max_memory=max_memory,
+        )  # fmt: skip
+        unchanged = functools.partial(check_unchanged, model, before)
+        quantized.report = validate(quantized, own, again, unchanged)
     return quantized
 
 
+def _check_options(verify: object, metric_fn: Metric | None, max_drop: float | None) -> None:
+    check_limits(metric_fn, max_drop)
+    if verify not in {True, False, "full"}:
+        msg = f"verify is {verify!r}; allowed: True, False, 'full'"
+        raise ConfigError(msg)
+
+
+def _traced(
+    model: nn.Module | torch.export.ExportedProgram, given: Any, transform: Any, shapes: Any
+) -> tuple[GraphModule, Call]:
+    """The graph, and the call that the given batch stands for."""
+    args, kwargs = example_of(model, given, transform)
+    module = trace(model, *args, dynamic_shapes=shapes, **kwargs)
+    if isinstance(model, torch.export.ExportedProgram):  # its signature is known only now
+        return module, adapter(module, transform)(given)
+    return module, (args, kwargs)
+
+
 def _context(
-    module: GraphModule, loader: Iterable[Any], transform: Any, example: tuple[Any, Any]
-) -> Context:
+    chosen: Pipeline, module: GraphModule, loader: Iterable[Any], transform: Any,
+    example: Call, **options: Any,
+) -> Context:  # fmt: skip
     dynamic = trace_info(module).dynamic_batch
-    return Context(
+    context = Context(
         sample=small_sample(module, *example, dynamic=dynamic),
         batches=loader,
         adapt=adapter(module, transform),
         facts=frozenset({Fact.TRACED}),
+        **options,
     )
+    if any(isinstance(p, AssignBits) and "ms" in p.budget for p in chosen):
+        context.latency = price_of_products()
+    return context

@@ -110,8 +110,8 @@ class QuantizedModel:
         """Compare reference, integer and onnxruntime code by code, node by node.
 
         Args:
-            inputs: a tensor, a tuple of positional inputs, or a mapping of keyword inputs;
-                default: the sample kept from compilation.
+            inputs: a tensor, a tuple of positional inputs, a mapping of keyword inputs, or a
+                `Sample` of both; default: the sample kept from compilation.
         """
         args, kwargs = self._call_of(inputs)
         session = self.lower("onnx").runner
@@ -120,8 +120,9 @@ class QuantizedModel:
         return parity.compare(self.graph_module, call, session=session, lower_runtime=onnx.lower)
 
     def _call_of(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if inputs is None:
-            return self.sample.args, self.sample.kwargs
+        if inputs is None or isinstance(inputs, Sample):
+            sample = self.sample if inputs is None else inputs
+            return sample.args, sample.kwargs
         if isinstance(inputs, dict):
             return (), dict(inputs)
         return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})

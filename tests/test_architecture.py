@@ -28,6 +28,7 @@ LAYERS = {
     "qgraph.artifact": 7,
     "qgraph.model": 8,
     "qgraph.max_drop": 8,
+    "qgraph.validation": 8,
     "qgraph.compiler": 9,
     "qgraph.bisect": 10,
     "qgraph.sensitivity": 10,

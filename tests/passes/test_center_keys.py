@@ -59,9 +59,10 @@ def test_logits_move_by_a_constant_per_query(cls: type[torch.nn.Module]) -> None
     assert float(moved.abs().max()) > 1e-3
 
 
-def test_centred_keys_have_no_mean_left() -> None:
+@pytest.mark.parametrize("cls", [Separate, ScaledKeys])
+def test_centred_keys_have_no_mean_left(cls: type[torch.nn.Module]) -> None:
     torch.manual_seed(0)
-    module, _ = run(offset_keys(Separate()), CenterKeys(force_centring=True))
+    module, _ = run(offset_keys(cls()), CenterKeys(force_centring=True))
     key = channel_maps(module).sites[0].site.key.name
     seen = [record_values(module, Sample(batch), {key})[key] for batch in batches()]
     assert float(torch.cat(seen).mean((0, -1)).abs().max()) < 0.1

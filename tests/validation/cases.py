@@ -4,30 +4,29 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 
 import qgraph
 from qgraph.backends import parity
 from qgraph.errors import PassError, QGraphError
+from qgraph.graph.verify import Sample
 from qgraph.pipeline import Pipeline
-from qgraph.testing import (
-    Case,
-    assert_exports,
-    assert_parity,
-    assert_survives_saving,
-    models,
-    pipelines,
-)
+from qgraph.testing import Case, models, pipelines
 from qgraph.testing.stacks import Stack, stacks
+from qgraph.validation import (
+    check_export,
+    check_fixed_point,
+    check_repeated,
+    check_saving,
+    check_unchanged,
+    fingerprint,
+)
 
 T = TypeVar("T")
 # onnxruntime takes most of a case's time.
@@ -125,35 +124,17 @@ def check_case(found: Subject, chosen: Pipeline, *, with_onnx: bool) -> int:
     With ONNX the first compilation starts from the module itself.
     """
     model, loader = found.model if with_onnx else found.traced, found.case.loader()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    text = str(found.traced.graph)
+    before = fingerprint(model), fingerprint(found.traced)
     first = qgraph.compile(model, loader, pipeline=chosen, progress=False)
     second = qgraph.compile(found.traced, loader, pipeline=chosen, progress=False)
-    _assert_untouched(model, before)
-    assert str(found.traced.graph) == text, "the caller's graph changed"
-    assert _bytes(first) == _bytes(second), "a second compilation gave another file"
-    assert_survives_saving(first)
-    call: tuple[Any, dict[str, Any]] = (found.case.inputs(7), {})
-    report = parity.compare(first.graph_module, call)
-    assert report.mismatches == 0, f"integer differs from reference: {report.first_difference}"
-    fixed = parity.compare(first.graph_module, call, mode="fixed_point")
-    assert fixed.mismatches == 0, f"fixed_point differs: {fixed.first_difference}"
+    check_unchanged(model, before[0])
+    check_unchanged(found.traced, before[1])
+    check_repeated(first, second)
+    batch = Sample(found.case.inputs(7))
+    check_saving(first, batch)
+    codes = parity.compare(first.graph_module, (batch.args, {})).check().codes
+    check_fixed_point(first, batch)
     if with_onnx:
-        assert_parity(first, found.case.inputs(7))
-        assert_exports(first)
-    return report.codes + fixed.codes
-
-
-def _assert_untouched(model: nn.Module, before: dict[str, Tensor]) -> None:
-    after = model.state_dict()
-    assert before.keys() == after.keys(), "the caller's model has other parameters"
-    for name, value in before.items():
-        assert torch.equal(value, after[name]), f"the caller's {name} changed"
-
-
-def _bytes(quantized: qgraph.QuantizedModel) -> bytes:
-    """The saved file, which leaves times out."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.qgraph"
-        quantized.save(path)
-        return path.read_bytes()
+        first.verify(batch).check()
+        check_export(first, batch)
+    return 2 * codes
