@@ -10,6 +10,7 @@ from torch import nn
 import qgraph
 from qgraph import compiler
 from qgraph.errors import BudgetInfeasibleError, ConfigError
+from qgraph.graph.trace import trace
 from qgraph.passes import AssignBits
 from qgraph.report.accounting import Cost
 from qgraph.sensitivity import observe
@@ -125,6 +126,19 @@ def test_the_same_inputs_give_the_same_decisions(model, data):
         for _ in range(2)
     )
     assert first.decisions == second.decisions
+
+
+def test_names_of_nodes_decide_nothing(model, data):
+    """The same graph, its nodes named in the opposite order of the alphabet."""
+    plain, renamed = (trace(model, data[0]) for _ in range(2))
+    inner = [n for n in renamed.graph.nodes if n.op == "call_function"]
+    for number, node in enumerate(reversed(inner)):
+        node.name = f"a{number:03d}"
+    renamed.recompile()
+    chosen = qgraph.pipeline("sirst_mixed", budget=BUDGETS)
+    first, second = (bits_of(qgraph.compile(m, data, chosen)) for m in (plain, renamed))
+    assert len(set(first.values())) > 1
+    assert first == second
 
 
 @pytest.mark.parametrize(

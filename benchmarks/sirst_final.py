@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `sirst_mixed` keeps of float, on 1,000 new images: `python -m benchmarks.sirst_final`.
+
+Both networks at the budget set beforehand, with the ladders (`spmix`) and without (`free`), beside
+float and the uniform width of that size, over three calibration seeds. The scenes are the evaluation
+split's of another seed than the study's, so that no choice has seen them. Every cell appends a line
+to a log; cells that the log holds for this version of the weights are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import warnings
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import qgraph
+from benchmarks.sirst import PAPER, RESULTS, paired
+from examples.zoo import sirst
+from examples.zoo.sirst.scoring import WEIGHTS
+
+LOG = RESULTS.with_name("sirst_final.jsonl")
+BATCH = 16
+SCENES = 1  # the study's are 0
+CHOICES = (2, 3, 4, 5, 6, 8)
+Line = dict[str, Any]
+
+
+def pipelines() -> dict[str, qgraph.Pipeline]:
+    """By name of the cell."""
+    return {
+        "uniform 2/8": qgraph.pipeline("sirst_w2a8"),
+        "spmix": qgraph.pipeline("sirst_mixed", PAPER, mode="spmix", activation_choices=CHOICES),
+        "free": qgraph.pipeline("sirst_mixed", PAPER, mode="free", activation_choices=CHOICES),
+    }
+
+
+def scored(model: Callable[[Tensor], Tensor], count: int) -> Line:
+    """Metrics and the counts of each image."""
+    found = sirst.evaluate(model, "evaluation", count, BATCH, seed=SCENES)
+    counts = found["per_image"]
+    return {
+        "iou": found["iou"], "niou": found["niou"], "pd": found["pd"], "fa": found["fa"],
+        "intersection": counts["intersection"].tolist(), "union": counts["union"].tolist(),
+    }  # fmt: skip
+
+
+def quantized(name: str, chosen: qgraph.Pipeline, seed: int, images: int) -> qgraph.QuantizedModel:
+    """One network compiled on the calibration scenes of a seed."""
+    data = [x for x, _ in sirst.batches("calibration", images, BATCH, seed=seed)]
+    return qgraph.compile(sirst.load_model(name), data, chosen, seed=seed, verify=False)
+
+
+def missing(model: str, seeds: int, count: int, images: int) -> list[tuple[str, int]]:
+    """Cells of one network that the log does not hold, float first."""
+    wanted = [("float", 0)] + [(name, seed) for seed in range(seeds) for name in pipelines()]
+    held = {(x["cell"], x["seed"]) for x in read(model, count, images)}
+    return [cell for cell in wanted if cell not in held]
+
+
+def read(model: str, count: int, images: int) -> list[Line]:
+    """Lines of the log for these weights and sizes."""
+    if not LOG.exists():
+        return []
+    lines = [json.loads(line) for line in LOG.read_text().splitlines()]
+    same = {"model": model, "images": count, "calibration": images, "weights": digest(model)}
+    return [x for x in lines if same.items() <= x.items()]
+
+
+def digest(model: str) -> str:
+    """Of the weights' file."""
+    return hashlib.sha256((WEIGHTS / f"{model}.safetensors").read_bytes()).hexdigest()[:16]
+
+
+def measure(model: str, cell: str, seed: int, count: int, images: int) -> Line:
+    """One line of the log."""
+    cost: Any = None
+    if cell == "float":
+        scores = scored(sirst.load_model(model), count)
+    else:
+        result = quantized(model, pipelines()[cell], seed, images)
+        scores = scored(result, count)
+        cost = None if result.report.cost is None else result.report.cost.to_json()
+    return {
+        "model": model, "cell": cell, "seed": seed, "images": count, "calibration": images,
+        "weights": digest(model), "torch": torch.__version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "cost": cost, **scores,
+    }  # fmt: skip
+
+
+def table(lines: list[Line]) -> str:
+    """Markdown: mean over seeds, and the points lost with a bootstrap interval over images."""
+    reference = next(x for x in lines if x["cell"] == "float")
+    rows = [f"| {reference['model']} | IoU | points lost [95 %] | seeds |", "|---" * 4 + "|"]
+    rows.append(f"| float | {100 * reference['iou']:.1f} | | |")
+    for name in pipelines():
+        own = [x for x in lines if x["cell"] == name]
+        if not own:
+            continue
+        pooled = {k: np.concatenate([x[k] for x in own]) for k in ("intersection", "union")}
+        several = {k: np.tile(reference[k], len(own)) for k in ("intersection", "union")}
+        iou = float(pooled["intersection"].sum() / pooled["union"].sum())
+        gap = paired({"iou": reference["iou"], **several}, {"iou": iou, **pooled})
+        rows.append(
+            f"| {name} | {100 * iou:.1f} | {gap[0]:.2f} [{gap[1]:.2f}, {gap[2]:.2f}] | {len(own)} |"
+        )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Measure what the log lacks, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=1000, help="of the evaluation split")
+    parser.add_argument("--calibration", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore", FutureWarning)  # torch's own, from copying pytree specs
+    for model in sorted(sirst.MODELS):
+        for cell, seed in missing(model, args.seeds, args.images, args.calibration):
+            line = measure(model, cell, seed, args.images, args.calibration)
+            with LOG.open("a") as log:
+                log.write(json.dumps(line) + "\n")
+            print(model, cell, seed, f"{100 * line['iou']:.2f}", flush=True)
+        print(table(read(model, args.images, args.calibration)), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
