@@ -2,8 +2,8 @@
 """What `sirst_mixed` keeps of float, on 1,000 new images: `python -m benchmarks.sirst_final`.
 
 Both networks at the budget set beforehand, with the ladders (`spmix`) and without (`free`), beside
-float and the uniform width of that size, over three calibration seeds. The scenes are the evaluation
-split's of another seed than the study's, so that no choice has seen them. Every cell appends a line
+float and the uniform width of that size, over three calibration seeds. The scenes are evaluation
+scenes of another seed than the study's, so that no choice has seen them. Every cell appends a line
 to a log; cells that the log holds for this version of the weights are not run again.
 """
 
