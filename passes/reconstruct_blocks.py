@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import json
 import logging
 import re
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qgraph.atomic import write_file
 from qgraph.calibration.filtered_loss import objective_of
 from qgraph.calibration.importances import importances
 from qgraph.calibration.learnable import groups, observed_ports, owners, write
@@ -359,9 +361,9 @@ class _Work:
             "exact": self.streams.exact.manifest(),
             "quantized": self.streams.quantized.manifest(),
         }  # fmt: skip
-        path = _state_path(self.folder, number)
-        torch.save(state, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+        content = io.BytesIO()
+        torch.save(state, content)
+        write_file(_state_path(self.folder, number), [content.getbuffer()])
 
 
 def _state_path(folder: Path, number: int) -> Path:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from qgraph import passes
+from qgraph.atomic import write_file
 from qgraph.calibration.assignment import Assignment
 from qgraph.calibration.loader import adapter, first_batch
 from qgraph.calibration.measure_units import check_method, measure_units
@@ -131,7 +132,7 @@ class SensitivityTable:
         }
         text = json.dumps(data, indent=1)
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            write_file(path, [text.encode()])
         return text
 
     @classmethod

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 # Lower layers never import higher ones.
 LAYERS = {
     "qgraph.errors": 0,
+    "qgraph.atomic": 1,
     "qgraph.formats": 1,
     "qgraph.graph": 2,
     "qgraph.calibration": 3,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import tempfile
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +17,7 @@ import onnx_ir as ir
 import torch
 from torch.fx import GraphModule
 
+from qgraph.atomic import sweep, temporary_of
 from qgraph.backends.onnx import finish, ops
 from qgraph.backends.onnx.capabilities import OPSET_DEFAULT, SESSION_CONFIG
 from qgraph.backends.onnx.prepare import Prepared, prepare
@@ -162,8 +163,12 @@ def _save(model: ir.Model, path: Path, external_data: bool | None) -> int:
     data = path.name + ".data"
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
     outside = weights > INLINE_LIMIT if external_data is None else external_data
-    with tempfile.TemporaryDirectory(dir=path.resolve().parent) as folder:
-        draft = Path(folder) / path.name
+    target = path.resolve()
+    sweep(target)
+    folder = temporary_of(target)
+    folder.mkdir()
+    try:
+        draft = folder / path.name
         ir.save(model, draft, external_data=data if outside else None)
         try:
             onnx.checker.check_model(str(draft), full_check=not outside)
@@ -171,10 +176,12 @@ def _save(model: ir.Model, path: Path, external_data: bool | None) -> int:
             msg = f"the exported file does not pass onnx.checker: {error}"
             raise ExportError(msg) from error
         size = draft.stat().st_size
-        if (Path(folder) / data).exists():
-            size += (Path(folder) / data).stat().st_size
-            _publish(Path(folder) / data, path.parent / data)
+        if (folder / data).exists():
+            size += (folder / data).stat().st_size
+            _publish(folder / data, path.parent / data)
         _publish(draft, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     return size
 
 

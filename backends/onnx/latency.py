@@ -25,6 +25,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch.fx import GraphModule, Node
 
+from qgraph.atomic import write_file
 from qgraph.backends.onnx.capabilities import OPSET_DEFAULT
 from qgraph.backends.onnx.session import session_options
 from qgraph.errors import ConfigError
@@ -226,7 +227,7 @@ def latency_model(
             pass  # a damaged cache is measured anew
     model = LatencyModel(measure(threads), machine)
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(model.to_json()), encoding="utf-8")
+    write_file(path, [json.dumps(model.to_json()).encode()])
     return model
 
 

@@ -4,7 +4,7 @@
 No pickle, no code, no imports named by the file: reading one never runs what others wrote.
 """
 
-from qgraph.artifact.atomic import probe, write_file
 from qgraph.artifact.file import Loaded, read, write
+from qgraph.atomic import probe, write_file
 
 __all__ = ["Loaded", "probe", "read", "write", "write_file"]

@@ -13,11 +13,11 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from qgraph.artifact import container
-from qgraph.artifact.atomic import write_file
 from qgraph.artifact.checks import check_quantizers
 from qgraph.artifact.damage import as_damage, damaged
 from qgraph.artifact.graph import decode_graph, encode_graph
 from qgraph.artifact.values import decode, encode
+from qgraph.atomic import write_file
 from qgraph.graph.verify import Sample
 from qgraph.report.report import Report
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qgraph.atomic import write_file
 from qgraph.errors import CalibrationError
 
 
@@ -82,10 +83,8 @@ class State:
 
     def _save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".new")
         data = {"key": self.key, "done": sorted(self.done), "sums": self.sums}
-        fresh.write_text(json.dumps(data))
-        fresh.replace(path)
+        write_file(path, [json.dumps(data).encode()])
 
 
 def _ranked(path: Path, rank: int) -> Path:

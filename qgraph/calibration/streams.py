@@ -9,6 +9,7 @@ of their own; every sample counts, those of a short last batch too.
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import tempfile
 import weakref
@@ -58,7 +59,9 @@ class Shelf:
             self._held[name] = size
             return torch.empty(tuple(shape), dtype=dtype)
         self.on_disk += size
-        return mapped(self.path(name), shape, dtype)
+        path = self.path(name)
+        _reserve(path, size)
+        return mapped(path, shape, dtype)
 
     def path(self, name: str) -> Path:
         """The file of a name."""
@@ -74,6 +77,18 @@ class Shelf:
             self.in_memory -= self._held.pop(name)
         elif self.folder is not None:
             self.path(name).unlink(missing_ok=True)
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Take the space at once: writing to a mapping on a full disk would end the process."""
+    try:
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate") and size:
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        msg = f"{path}: {size} bytes for activations cannot be had: {error.strerror or error}"
+        raise CalibrationError(msg) from error
 
 
 def mapped(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from qgraph.atomic import write_file
 from qgraph.context import Decision
-from qgraph.errors import ExportError
 from qgraph.pipeline import Step
 from qgraph.report.accounting import Cost
 from qgraph.report.graph_view import GraphNode
@@ -234,11 +234,7 @@ def _decibels(value: float) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        msg = f"{path}: cannot be written: {error.strerror or error}"
-        raise ExportError(msg) from error
+    write_file(path, [text.encode()])
 
 
 def _decision(data: dict[str, Any]) -> Decision:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,7 +29,7 @@ def probe(path: str | os.PathLike[str]) -> Path:
     """
     target = Path(path)
     _refuse_special(target)
-    temporary = _temporary(target)
+    temporary = temporary_of(target)
     try:
         temporary.touch(exist_ok=False)
         temporary.unlink()
@@ -46,8 +47,8 @@ def write_file(path: str | os.PathLike[str], chunks: Iterable[Chunk]) -> int:
     """
     target = Path(path)
     _refuse_special(target)
-    _sweep(target)
-    temporary = _temporary(target)
+    sweep(target)
+    temporary = temporary_of(target)
     try:
         with temporary.open("xb") as file:
             for chunk in chunks:
@@ -81,18 +82,22 @@ def _refuse_special(target: Path) -> None:
         raise ExportError(msg)
 
 
-def _temporary(target: Path) -> Path:
+def temporary_of(target: Path) -> Path:
+    """A name beside the target that tells which process made it."""
     return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
-def _sweep(target: Path) -> None:
-    """Remove what processes that no longer live left behind."""
+def sweep(target: Path) -> None:
+    """Remove files and folders that processes that no longer live left beside the target."""
     pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d{{1,10}})-[0-9a-f]{{8}}\.tmp")
     with contextlib.suppress(OSError):
         for entry in target.parent.iterdir():
             match = pattern.fullmatch(entry.name)
             if match and not _alive(int(match[1])):
-                entry.unlink(missing_ok=True)
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry, ignore_errors=True)
+                else:
+                    entry.unlink(missing_ok=True)
 
 
 def _alive(process: int) -> bool:
