@@ -20,6 +20,10 @@ from torch.fx import GraphModule, Node
 from qgraph.backends.onnx.export import export
 from qgraph.backends.onnx.session import session_options
 from qgraph.formats import AffineEncoding, Encoding, IntGrid, LevelEncoding
+from qgraph.formats.channel_groups import grouped_encoding
+from qgraph.formats.levels import by_channel
+from qgraph.formats.log_affine import LogAffine, log_affine
+from qgraph.formats.power_of_two import power_of_two
 from qgraph.graph.build import insert_call
 from qgraph.graph.dialect import DEQUANTIZE, DEQUANTIZE_LEVELS, QUANTIZE, QUANTIZE_LEVELS
 from qgraph.graph.trace import trace
@@ -34,10 +38,15 @@ class Mix(nn.Module):
         return torch.matmul(torch.softmax(logits, -1), values)
 
 
-def formats() -> dict[str, Encoding | None]:
+def formats(heads: int, tokens: int) -> dict[str, Encoding | None]:
     """Encodings of the attention map; None leaves it in float."""
     fine = list(range(128))
-    pow2 = sorted({round(2**15 * 2 ** (-c / 4)) for c in range(64)})
+    ranges = torch.tensor([2.0 ** -(i % 4) for i in range(tokens)])
+    sides = LogAffine(
+        bits=8, slope=torch.full((1, 2), 12.0), offset=torch.full((1, 2), 127.0),
+        centre=torch.zeros(1), reserve_zero=True,
+    )  # fmt: skip
+    tops = [2.0 ** -(i % 2) for i in range(heads)]
     return {
         "float": None,
         "affine 8 bits": AffineEncoding.per_tensor(1 / 255, 0, IntGrid(8, signed=False)),
@@ -46,12 +55,13 @@ def formats() -> dict[str, Encoding | None]:
             "dual region", torch.tensor(2.0**-14),
             torch.tensor(sorted({*fine, *(c << 7 for c in fine)})), storage_bits=8,
         ),
-        "power of two 6 bits": LevelEncoding.nearest(
-            "power of two", torch.tensor(2.0**-15), torch.tensor([0, *pow2][-64:]), storage_bits=6
-        ),
-        "power of two 4 bits": LevelEncoding.nearest(
-            "power of two", torch.tensor(2.0**-15),
-            torch.tensor([0, *(2 ** (15 - c) for c in reversed(range(15)))]), storage_bits=4,
+        "power of two 8 bits": power_of_two(8, 16, 1.0),
+        "power of two 6 bits": power_of_two(6, 4, 1.0),
+        "power of two 4 bits": power_of_two(4, 1, 1.0),
+        "the same, per head": by_channel([power_of_two(4, 1, top) for top in tops], 1),
+        "log affine 8 bits": log_affine(sides, axis=None),
+        "grouped, 4 tied scales": grouped_encoding(
+            torch.zeros(tokens), ranges, 3 - torch.arange(tokens) % 4, 8
         ),
     }  # fmt: skip
 
@@ -95,7 +105,7 @@ def main() -> None:
     feed = {"logits": logits.numpy(), "values": values.numpy()}
     sessions = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, encoding in formats().items():
+        for name, encoding in formats(options.heads, options.tokens).items():
             path = Path(folder) / "m.onnx"
             export(quantized(encoding, logits, values), path)
             sessions[name] = onnxruntime.InferenceSession(

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Formats given by a table, in standard ops that take the simulator's decisions bit for bit.
 
-* any sorted table: a binary search over the thresholds (Gather, Greater, Where, Add per bit)
-  and a Gather to decode
-* tables of a few equally spaced runs, such as dual regions: a clamped count per run, which takes
-  a tenth of the time
+* tables of a few equally spaced runs, such as dual regions: a clamped count per run
+* any table for the whole tensor: the cell of a uniform grid (QuantizeLinear), thresholds below
+  that cell (GatherElements), and one comparison with the next threshold
+* any sorted table, one per channel too: a binary search over the thresholds (GatherElements,
+  Greater, Where, Add per bit)
+
+and GatherElements to decode.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch.fx import GraphModule, Node
 from qgraph.backends.onnx import ops
 from qgraph.formats import LevelEncoding
 from qgraph.formats.base import along
+from qgraph.formats.levels import rank_dtype
 from qgraph.graph import dialect
 from qgraph.graph.build import insert_buffer, insert_call
 
@@ -62,6 +66,39 @@ def threshold_runs(thresholds: Tensor) -> Runs | None:
     return Runs(ends, tuple(steps), tuple(len(r) for r in runs))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Cells:
+    """A uniform grid of cells ``round(u / width) + zero`` with at most one threshold in each.
+
+    Attributes:
+        width: a power of two, so that the division is exact.
+        zero: the number of the cell around 0; its dtype is that of cell numbers.
+        below: thresholds under each cell; cells at the ends stand for all beyond them.
+    """
+
+    width: float
+    zero: Tensor
+    below: Tensor
+
+
+def threshold_cells(thresholds: Tensor) -> Cells | None:
+    """The widest grid for a table of thresholds, or None if it would need over 2^16 cells."""
+    cuts = thresholds.double()
+    gap = float(cuts.diff().min()) if cuts.numel() > 1 else 1.0
+    width = 2.0 ** math.floor(math.log2(gap)) if gap > 0 else 0.0
+    if not 2.0**-40 < width < 2.0**40:
+        return None
+    first, last = float(cuts[0]) / width, float(cuts[-1]) / width
+    for dtype in (torch.uint8, torch.uint16):
+        count = torch.iinfo(dtype).max + 1
+        zero = 0 if first > 1 else count // 2
+        if first + zero > 1 and last + zero < count - 2:
+            starts = (torch.arange(count, dtype=torch.float64) - zero - 0.5) * width
+            below = torch.searchsorted(cuts, starts).to(rank_dtype(cuts.numel() + 1))
+            return Cells(width, torch.tensor(zero, dtype=dtype), below)
+    return None
+
+
 def level_runs(levels: Tensor) -> Runs | None:
     """The runs of a table of levels by the steps between them, or None if there are many."""
     if int(levels.abs().max()) >= 2**24:
@@ -103,11 +140,27 @@ def _lower_rank(module: GraphModule, node: Node) -> None:
         node.replace_all_uses_with(ranks)
         module.graph.erase_node(node)
         return
-    thresholds, steps = padded(encoding.thresholds)
-    offsets = _offsets(module, node, thresholds, encoding, ndim)
     scale = insert_buffer(
         module, f"{node.name}_scale", along(encoding.scale, encoding.axis, ndim), before=node
     )
+    cells = threshold_cells(encoding.thresholds) if encoding.thresholds.ndim == 1 else None
+    if cells is not None:
+        tables = {
+            "width": torch.tensor(cells.width), "zero": cells.zero, "below": cells.below,
+            "next": torch.cat([encoding.thresholds, torch.tensor([float("inf")])]),
+        }  # fmt: skip
+        given = [
+            insert_buffer(module, f"{node.name}_{name}", table, before=node)
+            for name, table in tables.items()
+        ]
+        ranks = insert_call(
+            module, ops.RANK_CELLS, node.args[0], scale, *given, like=node, before=node
+        )
+        node.replace_all_uses_with(ranks)
+        module.graph.erase_node(node)
+        return
+    thresholds, steps = padded(encoding.thresholds)
+    offsets = _offsets(module, node, thresholds, encoding, ndim)
     table = insert_buffer(module, f"{node.name}_thresholds", thresholds.flatten(), before=node)
     ranks = insert_call(
         module, ops.RANK, node.args[0], scale, table, offsets, steps, like=node, before=node

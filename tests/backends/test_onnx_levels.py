@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from qgraph.backends.onnx.export import export
-from qgraph.backends.onnx.levels import Runs, level_runs, padded, threshold_runs
+from qgraph.backends.onnx.levels import Runs, level_runs, padded, threshold_cells, threshold_runs
 from qgraph.backends.onnx.prepare import pack_nibbles
 from qgraph.backends.onnx.session import Session
 from qgraph.formats import AffineEncoding, Encoding, IntGrid, LevelEncoding
+from qgraph.formats import power_of_two as formats
 from qgraph.formats.levels import midpoints
 from qgraph.graph.build import insert_call
 from qgraph.graph.dialect import DEQUANTIZE, DEQUANTIZE_LEVELS, QUANTIZE, QUANTIZE_LEVELS
@@ -133,6 +134,37 @@ def test_padded_search_counts_the_thresholds_below(cuts: list[int], value: int) 
     for step in (1 << k for k in reversed(range(steps))):
         position += step * int(value > table[position + step - 1])
     assert position == sum(c < value for c in cuts)
+
+
+@given(
+    st.lists(st.floats(-3e4, 3e4, width=32), min_size=1, max_size=40, unique=True),
+    st.lists(st.floats(-4e4, 4e4, width=32), min_size=1, max_size=20),
+)
+@settings(max_examples=100, deadline=None)
+def test_cells_and_one_comparison_take_the_decisions_of_comparisons(
+    cuts: list[float], values: list[float]
+) -> None:
+    thresholds = torch.tensor(sorted(cuts))
+    cells = threshold_cells(thresholds)
+    if cells is None:
+        return
+    near = [torch.nextafter(thresholds, torch.tensor(s * float("inf"))) for s in (1.0, -1.0)]
+    edges = (torch.arange(-40, 40) + 0.5) * cells.width
+    units = torch.cat([thresholds, *near, edges, torch.tensor(values), torch.tensor([0.0, 1e30])])
+    top = torch.iinfo(cells.zero.dtype).max
+    index = (torch.round(units / cells.width) + float(cells.zero)).clamp(0, top).long()
+    ranks = cells.below[index].long()
+    following = torch.cat([thresholds, torch.tensor([float("inf")])])[ranks]
+    assert torch.equal(ranks + (units > following), torch.bucketize(units, thresholds))
+
+
+def test_logarithmic_tables_of_four_bits_need_few_cells() -> None:
+    for tau, dtype in ((4, torch.uint8), (16, torch.uint8), (1, torch.uint16)):
+        cells = threshold_cells(formats.power_of_two(4, tau, 1.0).thresholds)
+        assert cells is not None
+        assert cells.zero.dtype is dtype
+    assert threshold_cells(formats.power_of_two(8, 16, 1.0).thresholds) is not None
+    assert threshold_cells(torch.tensor([0.0, 2.0**-30, 1.0])) is None
 
 
 @given(st.lists(st.integers(-8, 7), min_size=2, max_size=40))
