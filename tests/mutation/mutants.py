@@ -28,8 +28,14 @@ NORM = (
 )
 ATTENTION = ("qgraph/graph/decompose_attention.py", "tests/graph/test_decompose_attention.py")
 CENTRE = ("passes/center_keys.py", "tests/passes/test_center_keys.py")
-BIAS = ("passes/quantize_biases.py", "tests/backends/test_integer.py tests/test_compile.py")
-HOIST = ("passes/hoist_quantizers.py", "tests/backends/test_integer.py tests/test_compile.py")
+BIAS = (
+    "passes/quantize_biases.py",
+    "tests/passes/test_quantize_biases.py tests/backends/test_integer.py tests/test_compile.py",
+)
+HOIST = (
+    "passes/hoist_quantizers.py",
+    "tests/passes/test_hoist_quantizers.py tests/backends/test_integer.py tests/test_compile.py",
+)
 BOUNDS = (
     "backends/bounds.py",
     "tests/backends/test_exact_products.py tests/backends/test_integer.py",
