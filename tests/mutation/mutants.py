@@ -38,7 +38,7 @@ HOIST = (
 )
 BOUNDS = (
     "backends/bounds.py",
-    "tests/backends/test_exact_products.py tests/backends/test_integer.py",
+    "tests/backends/test_bounds.py tests/backends/test_exact_products.py tests/backends/test_integer.py",
 )
 PRODUCTS = (
     "backends/products.py",
