@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test fuzz mutants test-slow check docs lint types format clean
+.PHONY: demo test fuzz mutants faults test-slow check docs lint types format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,9 @@ fuzz: $(STAMP)  ## random models x pipelines x backends, resumable, at most an h
 
 mutants: $(STAMP)  ## plant known bugs one by one; every one must be caught
 	$(BIN)/python -m tests.mutation.run
+
+faults: $(STAMP)  ## kill -9 at random moments, rerun, compare bytes
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.run
 
 test-slow: $(STAMP)  ## the long suites
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow

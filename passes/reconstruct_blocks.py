@@ -11,9 +11,9 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from qgraph.calibration.filtered_loss import objective_of
 from qgraph.calibration.importances import importances
 from qgraph.calibration.learnable import groups, observed_ports, owners, write
 from qgraph.calibration.loader import adapter
+from qgraph.calibration.out_of_memory import with_smaller_batches
 from qgraph.calibration.reconstruction import tune
 from qgraph.calibration.region_problem import Outcome, Problem, Streams, Suffix, Tuning
 from qgraph.calibration.rounding import Method
@@ -236,7 +237,11 @@ class _Work:
         start = time.perf_counter()
         exact = extract(self.exact, region.inputs, region.outputs)
         self.streams.exact.advance(exact, region.inputs, region.outputs)
-        outcome, decisions = self.tune(number)
+        outcome, decisions = with_smaller_batches(
+            lambda batch: self.tune(number, replace(self.tuning, batch=batch)), self.tuning.batch,
+            what=region.name,
+            tell=lambda text: self.context.record(self.item.name, region.name, "kept", text),
+        )  # fmt: skip
         changed = write(self.module, decisions)
         moving = [name for name in region.outputs if name in region.moving]
         if moving:
@@ -252,7 +257,7 @@ class _Work:
         LOGGER.info("%s: %s, about %.0f s left", region.name, outcome, left)
         return changed
 
-    def tune(self, number: int) -> tuple[Outcome | None, dict[str, Any]]:
+    def tune(self, number: int, tuning: Tuning) -> tuple[Outcome | None, dict[str, Any]]:
         """Optimise one region; return its outcome and the decisions to write."""
         region, item = self.regions[number], self.item
         weights = {q: key for q, key in self.groups.items() if self.owners[q] == [number]}
@@ -271,7 +276,7 @@ class _Work:
             student, self.exact, teacher, ports, self.streams, self.suffix(number, judged)
         )
         if problem.is_judged and item.importance:
-            problem.importance = importances(problem, batch=item.batch)
+            problem.importance = importances(problem, batch=tuning.batch)
         seed = int.from_bytes(
             hashlib.sha256(f"{self.context.seed}/{region.name}/{number}".encode()).digest()[:7],
             "big",
@@ -284,7 +289,7 @@ class _Work:
                 self.context.progress_step(label, number * item.steps + step, total)
 
         start = item.start() if item.warm_start else None
-        outcome = tune(problem, self.tuning, seed=seed, start=start, tick=tick)
+        outcome = tune(problem, tuning, seed=seed, start=start, tick=tick)
         if not outcome.accepted:
             return outcome, {}
         decisions: dict[str, Any] = {q: r.codes() for q, r in student.roundings.items()}
@@ -328,12 +333,9 @@ class _Work:
             "learned": float(outcome.learned), "flips": float(outcome.flips),
             "weights": float(outcome.weights), "undecided": outcome.undecided,
         }  # fmt: skip
-        if outcome.accepted:
-            reason = "held-out loss after hardening fell"
-            self.context.record(self.item.name, region.name, "applied", reason, **numbers)
-        else:
-            reason = "held-out loss after hardening did not fall"
-            self.context.record(self.item.name, region.name, "refused", reason, **numbers)
+        reason = f"held-out loss after hardening {'fell' if outcome.accepted else 'did not fall'}"
+        result: Literal["applied", "refused"] = "applied" if outcome.accepted else "refused"
+        self.context.record(self.item.name, region.name, result, reason, **numbers)
 
     def forget(self, number: int) -> None:
         """Drop ports that no later region reads."""
@@ -355,9 +357,7 @@ class _Work:
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {
             "decisions": decisions,
-            "outcome": None if outcome is None else {
-                f.name: getattr(outcome, f.name) for f in fields(outcome)
-            },
+            "outcome": None if outcome is None else asdict(outcome),
             "exact": self.streams.exact.manifest(),
             "quantized": self.streams.quantized.manifest(),
         }  # fmt: skip

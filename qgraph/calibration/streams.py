@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from qgraph.calibration.loader import Arguments, Signature
+from qgraph.calibration.out_of_memory import with_smaller_batches
 from qgraph.calibration.sweep import Masks
 from qgraph.errors import CalibrationError
 
@@ -189,7 +190,15 @@ class Stream:
             batch: samples per call.
             side: where to look for inputs that this stream does not hold.
         """
-        size = batch if self.batching.dynamic else 1
+        with_smaller_batches(
+            lambda size: self._advance(run, inputs, outputs, size, side),
+            batch if self.batching.dynamic else 1, what=f"values {', '.join(outputs)}"[:80],
+        )  # fmt: skip
+
+    def _advance(
+        self, run: Callable[..., tuple[Tensor, ...]], inputs: Sequence[str],
+        outputs: Sequence[str], size: int, side: Stream | None,
+    ) -> None:  # fmt: skip
         for number, bucket in enumerate(self.buckets):
             other = bucket if side is None else side.buckets[number]
             for start in range(0, len(bucket.samples), size):

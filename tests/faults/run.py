@@ -41,8 +41,8 @@ def totals(lines: list[dict[str, Any]]) -> str:
     return (
         f"{len(lines)} trials, {killed} killed while running; a reader then found"
         f" {left['nothing']} times no file, {left['old']} an old one, {left['new']} the new one,"
-        f" {half} times half of one; {kept} reruns went on from kept work, {rubbish} cleared temporary"
-        f" files; {len(failed)} failed"
+        f" {half} times half of one; {kept} reruns went on from kept work, {rubbish} cleared"
+        f" temporary files; {len(failed)} failed"
     )
 
 

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A few trials of `make faults` on every run, and faults that are no kill: disk, loader, Ctrl-C."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import qgraph
+from qgraph.calibration.streams import Shelf
+from qgraph.errors import CalibrationError, ExportError
+from tests.faults.jobs import Net, loader, model, wide
+from tests.faults.killing import Uninterrupted, digests, temporaries, trial
+from tests.faults.run import totals
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def small_files():
+    """No file may grow beyond 64 KiB: what a full disk or a quota does to a writer."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.fixture(scope="module")
+def big():
+    return wide(0)
+
+
+def test_no_space_for_a_saved_model_leaves_the_old_file_and_nothing_else(tmp_path, big, request):
+    path = tmp_path / "whole.qgraph"
+    path.write_bytes(b"the old file")
+    request.getfixturevalue("small_files")
+    with pytest.raises(ExportError, match=r"whole\.qgraph: cannot be written: File too large"):
+        big.save(path)
+    assert path.read_bytes() == b"the old file"
+    assert [p.name for p in tmp_path.iterdir()] == ["whole.qgraph"]
+
+
+def test_no_space_for_an_onnx_file_leaves_the_old_file_and_nothing_else(tmp_path, big, request):
+    path = tmp_path / "whole.onnx"
+    path.write_bytes(b"the old file")
+    request.getfixturevalue("small_files")
+    with pytest.raises(ExportError, match=r"whole\.onnx"):
+        big.to_onnx(path)
+    assert path.read_bytes() == b"the old file"
+    assert [p.name for p in tmp_path.iterdir()] == ["whole.onnx"]
+
+
+def test_no_space_for_activations_is_said_before_anything_is_mapped(tmp_path, small_files):
+    shelf = Shelf(tmp_path, persistent=True)
+    shelf.allocate("fits", (100, 4), torch.float32).fill_(1.0)
+    with pytest.raises(CalibrationError, match="4000000 bytes for activations cannot be had"):
+        shelf.allocate("does not", (1000, 1000), torch.float32)
+    assert [p.name for p in tmp_path.iterdir()] == ["fits.bin"]
+
+
+def test_a_read_only_folder_is_refused_by_name(tmp_path, big, monkeypatch):
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied")  # root may write anywhere
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ExportError, match=r"m\.qgraph: cannot be written: Permission denied"):
+        big.save(tmp_path / "m.qgraph")
+    monkeypatch.undo()
+    assert not list(tmp_path.iterdir())
+
+
+class Dying(Dataset[torch.Tensor]):
+    """Its worker is killed at the third item, as by the kernel when memory runs out."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index == 2 and multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.ones(6)
+
+
+def test_a_loader_worker_that_dies_ends_the_compilation_and_leaves_the_model_alone():
+    net = Net().eval()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    batches = DataLoader(Dying(), batch_size=2, num_workers=1)
+    with pytest.raises(RuntimeError, match="worker"):
+        qgraph.compile(net, batches, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert not multiprocessing.active_children()
+
+
+PROGRAM = """
+import sys, torch, qgraph
+from torch.utils.data import DataLoader, TensorDataset
+from tests.faults.jobs import Net
+data = DataLoader(TensorDataset(torch.randn(100000, 6)), batch_size=2, num_workers=1)
+print("ready", flush=True)
+def told(what, done, total):
+    if done > 3:
+        print("calibrating", flush=True)
+qgraph.compile(Net().eval(), data, "int8", progress=told)
+"""
+
+
+def test_ctrl_c_ends_a_compilation_with_its_loader_workers():
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line == "calibrating\n":
+                break
+        os.kill(process.pid, signal.SIGINT)
+        process.stdout.read()
+        assert process.wait(timeout=60) != 0
+        assert process.stderr is not None
+        assert "KeyboardInterrupt" in process.stderr.read()
+    deadline = time.monotonic() + 20
+    while _session(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _session(process.pid)
+
+
+def _session(leader: int) -> list[int]:
+    """Processes that still live in a session."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == leader and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_killed_calibration_ends_as_an_uninterrupted_one(seed, tmp_path):
+    quantized = qgraph.compile(model(), loader(), "w4a8", progress=False)
+    quantized.save(tmp_path / "whole.qgraph")
+    last = digests(tmp_path)
+    whole = Uninterrupted(last, frozenset(last.values()), 0.5)
+    found = trial("calibration", seed, whole)
+    assert not found.failure
+    assert found.killed
+
+
+def test_a_half_written_file_would_be_seen(tmp_path):
+    """The trials themselves can fail."""
+    wrong = Uninterrupted({"whole.qgraph": "another digest"}, frozenset(), 30.0)
+    found = trial("calibration", 3, wrong)
+    assert found.failure
+    assert "1 failed" in totals([vars(found)])
+    (tmp_path / ".m.qgraph.1-00000000.tmp").touch()
+    assert temporaries(tmp_path)
