@@ -126,4 +126,4 @@ def unet(num_batches: int = 4) -> Case:
     )
 
 
-CASES: dict[str, Callable[[], Case]] = {"minilm": minilm, "vit": vit, "unet": unet}
+CASES: dict[str, Callable[..., Case]] = {"minilm": minilm, "vit": vit, "unet": unet}

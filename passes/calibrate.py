@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from torch.fx import GraphModule
 
-from qgraph.calibration import build_statistics
+from qgraph.calibration import all_reduce, build_statistics
+from qgraph.calibration.ranks import Ranks
 from qgraph.calibration.sweep import collect
 from qgraph.context import Context
 from qgraph.graph.build import shallow_copy
@@ -19,13 +20,15 @@ from qgraph.pipeline import Fact, Pass, Promise
 class Calibrate(Pass):
     """Run the calibration loader once through the float graph, updating all statistics.
 
-    The float graph at this point becomes the reference that later passes compare with.
+    The float graph at this point becomes the reference that later passes compare with. In a
+    torch.distributed job the ranks share the batches, and statistics are merged over ranks.
 
     Attributes:
         max_batches: stop after so many batches; None uses the whole loader.
 
     Raises:
         CalibrationError: empty loader, non-finite values, inputs that do not fit.
+        RankError: another rank failed or is gone.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -43,8 +46,14 @@ class Calibrate(Pass):
         ]
         context.reference = shallow_copy(module)
         context.statistics = build_statistics(asked)
-        context.num_batches = collect(
-            module, context.batches, context.statistics, adapt=context.adapt,
-            row_masks=context.row_masks, progress=context.progress, max_batches=self.max_batches,
-        )  # fmt: skip
+        ranks = Ranks.here()
+        with ranks.together("calibration"):
+            done = collect(
+                module, ranks.share(context.batches), context.statistics, adapt=context.adapt,
+                row_masks=context.row_masks, progress=context.progress,
+                max_batches=None if self.max_batches is None else ranks.quota(self.max_batches),
+                allow_empty=ranks.rank > 0,
+            )  # fmt: skip
+        all_reduce(context.statistics)
+        context.num_batches = sum(int(n) for n in ranks.gather(str(done), "counting batches"))
         return False

@@ -20,6 +20,7 @@ import torch
 import qgraph
 from qgraph import artifact, config, passes, plugins
 from qgraph.backends.onnx import Session
+from qgraph.calibration.ranks import job
 from qgraph.errors import ConfigError, QGraphError, VerificationError
 from qgraph.pipelines import make_pass
 from qgraph.report.plain import plain
@@ -29,6 +30,7 @@ OK, FAILED, WRONG = 0, 1, 2
 _EXAMPLES = """examples:
   qgraph compile model.py:build --data calib.py:loader --pipeline w4a8 -o out/
   qgraph compile model.py:build --data calib.py:loader --config mine.toml -o out/
+  torchrun --nproc-per-node 4 -m qgraph compile model.py:build --data calib.py:loader
   qgraph verify out/model.qgraph
   qgraph explain out/model.qgraph --runtime onnxruntime
   qgraph report out/model.qgraph --html report.html
@@ -141,6 +143,17 @@ def _pipeline_of(options: argparse.Namespace) -> qgraph.Pipeline:
 
 def _compile(options: argparse.Namespace) -> int:
     pipeline = _pipeline_of(options)
+    with job() as ranks:
+        if not ranks.writes:
+            _compiled(options, pipeline)
+            return OK
+        names = _files(options)
+        quantized = _compiled(options, pipeline)
+    return _write(options, pipeline, quantized, names)
+
+
+def _files(options: argparse.Namespace) -> list[str]:
+    """Names of the files to write, once it is known that they can be."""
     out: Path = options.output
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -155,13 +168,24 @@ def _compile(options: argparse.Namespace) -> int:
     ]
     for name in names:
         artifact.probe(out / name)
+    return names
+
+
+def _compiled(options: argparse.Namespace, pipeline: qgraph.Pipeline) -> qgraph.QuantizedModel:
     model, loader = _call(options.model), _call(options.data)
     if isinstance(model, torch.nn.Module):
         model.eval()
-    quantized = qgraph.compile(
+    return qgraph.compile(
         model, loader, pipeline, ignore=options.ignore, seed=options.seed,
         verify="full" if options.verify == "full" else options.verify == "on",
     )  # fmt: skip
+
+
+def _write(
+    options: argparse.Namespace, pipeline: qgraph.Pipeline, quantized: qgraph.QuantizedModel,
+    names: list[str],
+) -> int:  # fmt: skip
+    out: Path = options.output
     if not options.no_onnx:
         quantized.to_onnx(out / "model.onnx")
     quantized.save(out / "model.qgraph")

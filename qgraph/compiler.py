@@ -21,6 +21,7 @@ from torch.fx import GraphModule
 
 from qgraph.backends.onnx.latency import price_of_products
 from qgraph.calibration.loader import adapter, first_batch
+from qgraph.calibration.ranks import check_equal, own_folder
 from qgraph.calibration.sample import Call, example_of, small_sample
 from qgraph.context import Context, Progress
 from qgraph.errors import ConfigError
@@ -91,6 +92,7 @@ def compile(  # noqa: A001
         CalibrationError: the loader, or a value in the network, is unusable.
         ConfigError: an unknown pipeline, a pattern that matches nothing, bits out of range.
         VerificationError: a pass broke its promise, or the result one of `verify="full"`.
+        RankError: in a torch.distributed job: another rank failed, is gone, or got another result.
 
     Example:
         >>> quantized = qgraph.compile(model, calib_loader, pipeline="int8")  # doctest: +SKIP
@@ -121,10 +123,11 @@ def compile(  # noqa: A001
         context = _context(
             chosen, module, loader, transform, call, ignore=Ignore.of(ignore), loss=loss,
             seed=seed, verify=verify, progress=shown, row_masks=row_masks, max_memory=max_memory,
-            cache_dir=None if cache_dir is None else Path(cache_dir),
+            cache_dir=None if cache_dir is None else own_folder(Path(cache_dir)),
         )  # fmt: skip
         own = small_sample(module, *call, dynamic=False)  # on the model's device, whole
         steps = run_pipeline(chosen, module, context)
+        check_equal(module)
         report = build_report(chosen, module, context, steps)
     quantized = QuantizedModel(module, report, context.sample)
     if verify == "full":

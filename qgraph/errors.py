@@ -6,6 +6,7 @@ QGraphError
 ├── UnsupportedOpError        an op that a step cannot take
 ├── ConfigError               a wrong option, name or bit width
 ├── CalibrationError          the loader or its values are unusable
+├── RankError                 another process of a distributed job failed or is gone
 ├── InputError                a quantized model was called with wrong inputs
 ├── PassError                 a pass broke its contract
 │   └── VerificationError     a promise or a parity contract does not hold
@@ -40,6 +41,10 @@ class ConfigError(QGraphError, ValueError):
 
 class CalibrationError(QGraphError):
     """The calibration loader, or what came out of it, cannot be used."""
+
+
+class RankError(QGraphError):
+    """Another process of a torch.distributed job failed, is gone, or holds something else."""
 
 
 class InputError(QGraphError, ValueError):

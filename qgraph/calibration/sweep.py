@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from qgraph.calibration.fused import FusedStatistics
 from qgraph.calibration.loader import Arguments, Signature, adapter
+from qgraph.calibration.ranks import Share
 from qgraph.calibration.statistics import Statistic
 from qgraph.errors import CalibrationError, QGraphError
 from qgraph.graph.build import shallow_copy
@@ -122,6 +123,7 @@ def collect(
     row_masks: Masks | None = None,
     progress: Progress | None = None,
     max_batches: int | None = None,
+    allow_empty: bool = False,
 ) -> int:
     """Run the loader once through the graph, updating the statistics; return the batch count.
 
@@ -133,6 +135,7 @@ def collect(
         row_masks: (args, kwargs) -> bool [B, T], True where a token counts, or None.
         progress: called with ("calibrate", batches done, batches expected or 0).
         max_batches: stop after so many.
+        allow_empty: no batch is no error: other ranks have some.
 
     Raises:
         CalibrationError: no batches, or fewer than the loader's length announces; inputs that do
@@ -149,10 +152,10 @@ def collect(
     adapt = adapt or adapter(module)
     expected = _expected(loader, max_batches)
     done = 0
-    for batch in loader:
+    for batch in () if max_batches == 0 else loader:
         args, kwargs = adapt(batch)
-        run.batch = done
-        signature.check(args, kwargs, batch=done)
+        run.batch = loader.number(done) if isinstance(loader, Share) else done
+        signature.check(args, kwargs, batch=run.batch)
         run.mask = None if row_masks is None else row_masks(args, kwargs)
         _forward(module, observed, args, kwargs, run)
         done += 1
@@ -160,7 +163,8 @@ def collect(
             progress("calibrate", done, expected)
         if done == max_batches:
             break
-    _check_count(done, expected, loader)
+    if done or not allow_empty:
+        _check_count(done, expected, loader)
     return done
 
 
