@@ -135,6 +135,22 @@ def test_folding_any_free_signs_changes_no_bit(
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", LEGAL)
+def test_every_kind_keeps_every_bit_in_every_precision(name: str) -> None:
+    for dtype in DTYPES:
+        module = copy.deepcopy(graph(name)).to(dtype)
+        given_inputs = inputs(dtype)
+        maps = channel_maps(module)
+        watched = {item.site.logits.name for item in maps.sites}
+        sample = Sample(tuple(given_inputs))
+        before, was = outputs(module, given_inputs), record_values(module, sample, watched)
+        assert fold_signs(module, maps, free_roots(maps)[::2])
+        module.recompile()
+        after, now = outputs(module, given_inputs), record_values(module, sample, watched)
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), dtype
+        assert all(torch.equal(was[n], now[n]) for n in watched), dtype
+
+
 @pytest.mark.parametrize("name", ["Separate", "Fused", "RelativePositions", "Tied", "Twice"])
 def test_unfolding_restores_the_weights(name: str) -> None:
     module = shallow_copy(graph(name))
