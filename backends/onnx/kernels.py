@@ -31,6 +31,17 @@ _TRAPS = {
     "MatMulNBits": "a weight-only product: without session.qdq_matmulnbits_accuracy_level=1 "
     "onnxruntime quantizes its activations to int8",
 }
+_CLIPPED = (
+    "a float Clip before a quantizer keeps the product in float: let the quantizer's own bounds "
+    "clip, or Clip the codes"
+)
+_TWO_BITS = (
+    "; INT2 weights beside quantized activations make session creation fail: widen them by a Cast "
+    "as qgraph's export does, or set session.disable_quant_qdq=1"
+)
+_INT2 = frozenset({
+    getattr(onnx.TensorProto, name) for name in ("INT2", "UINT2") if hasattr(onnx.TensorProto, name)
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,16 +134,20 @@ def kernels(
         ArtifactError: the file is hostile, or onnxruntime refuses it.
     """
     declared = check_file(Path(path))
-    model = optimized(path)
+    try:
+        model = optimized(path)
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}{_TWO_BITS if _decodes_int2(declared) else ''}") from error
     inputs = list(feeds) if feeds is not None else [example_feed(declared)]
     times = _profile(path, inputs, runs, threads)
     total = sum(times.values()) or 1.0
-    rows, integers = [], _integer_values(model)
+    rows, integers, clipped = [], _integer_values(model), _clipped_before_quantizers(model)
     for node in model.graph.node:
         spent = times.get(node.name, 0.0)
         kind = _kind(integers, node)
         cure = _cure(node) if kind == "float" else ""
-        rows.append(Kernel(node.name, node.op_type, kind, spent / total, spent, cure, _trap(node)))
+        trap = _CLIPPED if node.name in clipped else _TRAPS.get(node.op_type, "")
+        rows.append(Kernel(node.name, node.op_type, kind, spent / total, spent, cure, trap))
     return KernelTable(tuple(rows))
 
 
@@ -202,8 +217,20 @@ def _cure(node: onnx.NodeProto) -> str:
     return known.cure or known.needs
 
 
-def _trap(node: onnx.NodeProto) -> str:
-    return _TRAPS.get(node.op_type, "")
+def _clipped_before_quantizers(model: onnx.ModelProto) -> set[str]:
+    """Names of float nodes that end in a Clip which a quantizer reads."""
+    read = {n.input[0] for n in model.graph.node if n.op_type == "QuantizeLinear"}
+    found = set()
+    for node in model.graph.node:
+        fused = any(a.name == "activation" and a.s == b"Clip" for a in node.attribute)
+        if (fused or node.op_type == "Clip") and read & set(node.output):
+            found.add(node.name)
+    return found
+
+
+def _decodes_int2(model: onnx.ModelProto) -> bool:
+    packed = {t.name for t in model.graph.initializer if t.data_type in _INT2}
+    return any(n.op_type == "DequantizeLinear" and n.input[0] in packed for n in model.graph.node)
 
 
 def shares(table: KernelTable) -> dict[str, Any]:

@@ -83,11 +83,12 @@ def test_names_structure_and_dynamic_batch_are_kept(tmp_path: Path) -> None:
     assert graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
-def test_no_float_copy_of_a_quantized_weight_is_left(tmp_path: Path) -> None:
+@pytest.mark.parametrize("container", ["int8", "native"])
+def test_no_float_copy_of_a_quantized_weight_is_left(container: str, tmp_path: Path) -> None:
     module = quantized(
         Embedded(), (torch.randint(0, 50, (4, 6)),), kwargs={"mask": torch.ones(4, 6)}
     )
-    export(module, tmp_path / "m.onnx")
+    export(module, tmp_path / "m.onnx", container=container)
     for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer:
         if tensor.data_type == onnx.TensorProto.FLOAT:
             assert np.prod(tensor.dims) <= 64, tensor.name
@@ -156,6 +157,12 @@ def test_native_container_packs_weights_and_keeps_integer_kernels(tmp_path: Path
         sizes[container, opset] = export(module, path, container=container, opset=opset).size
         kinds = {n.op_type for n in optimized(path).graph.node}
         assert "QGemm" in kinds
+        large = [t for t in onnx.load(path).graph.initializer if np.prod(t.dims) > 256]
+        held = {("int8", 21): "INT8", ("native", 21): "INT4", ("native", 25): "INT2"}
+        assert large
+        assert {onnx.TensorProto.DataType.Name(t.data_type) for t in large} == {
+            held[container, opset]
+        }
         torch.testing.assert_close(Session(path, threads=1)(x), module(x), atol=1e-5, rtol=1e-5)
     assert sizes["native", 25] < sizes["native", 21] < sizes["int8", 21]
 

@@ -19,7 +19,7 @@ from qgraph.backends.onnx.export import export
 from qgraph.backends.onnx.kernels import kernels, optimized, shares
 from qgraph.backends.onnx.latency import LatencyModel, Line, latency_model, multiplications
 from qgraph.backends.onnx.session import Session
-from qgraph.errors import ConfigError
+from qgraph.errors import ArtifactError, ConfigError
 from qgraph.formats import AffineEncoding
 from qgraph.graph.dialect import encoding_of, is_quantize
 from qgraph.graph.ops import product
@@ -113,6 +113,51 @@ def test_a_clip_of_codes_counts_as_integer() -> None:
     kinds = {row.op: row.kind for row in explain(module, threads=1).rows}
     assert kinds["Clip"] == "integer"
     assert "float" not in kinds.values()
+
+
+def conv_file(path: Path, *, clip: bool, weight_bits: int = 8) -> Path:
+    """A quantized convolution in front of a quantizer, with a float Clip between or without."""
+    stored = {
+        "s": np.float32(0.1), "z": np.uint8(0), "ws": np.full(4, 0.1, np.float32),
+        "low": np.float32(0), "high": np.float32(6),
+    }  # fmt: skip
+    weight = np.ones((4, 3, 3, 3), np.int8)
+    kind = TensorProto.INT8 if weight_bits == 8 else TensorProto.INT2
+    tensors = [numpy_helper.from_array(v, k) for k, v in stored.items()]
+    tensors.append(helper.make_tensor("w", kind, weight.shape, weight.flatten().tolist()))
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["qx"], name="q0"),
+        helper.make_node("DequantizeLinear", ["qx", "s", "z"], ["dx"], name="d0"),
+        helper.make_node("DequantizeLinear", ["w", "ws"], ["dw"], axis=0, name="d1"),
+        helper.make_node("Conv", ["dx", "dw"], ["c"], name="conv"),
+        helper.make_node("Clip", ["c", "low", "high"], ["a"], name="clip"),
+        helper.make_node("QuantizeLinear", ["a" if clip else "c", "s", "z"], ["q"], name="q1"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"], name="d2"),
+    ]
+    graph = helper.make_graph(
+        [n for n in nodes if clip or n.op_type != "Clip"], "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], tensors,
+    )  # fmt: skip
+    opset = [helper.make_opsetid("", 21 if weight_bits == 8 else 25)]
+    version = 10 if weight_bits == 8 else 13
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=version), path)
+    return path
+
+
+def test_a_float_clip_before_a_quantizer_is_warned_about(tmp_path: Path) -> None:
+    plain = kernels(conv_file(tmp_path / "plain.onnx", clip=False), runs=1)
+    assert not plain.warnings
+    assert "QLinearConv" in {row.op for row in plain.rows}
+    clipped = kernels(conv_file(tmp_path / "clip.onnx", clip=True), runs=1)
+    assert "QLinearConv" not in {row.op for row in clipped.rows}
+    assert any("float Clip" in w for w in clipped.warnings)
+
+
+def test_two_bit_weights_that_no_session_loads_are_explained(tmp_path: Path) -> None:
+    path = conv_file(tmp_path / "two.onnx", clip=False, weight_bits=2)
+    with pytest.raises(ArtifactError, match="disable_quant_qdq"):
+        kernels(path, runs=1)
 
 
 def test_weight_only_products_are_warned_about(tmp_path: Path) -> None:
