@@ -9,9 +9,10 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from qgraph.backends import integer, parity, reference
+from qgraph.backends.products import BiasForm
 from qgraph.backends.semantics import Role
 from tests.backends.builders import models, quantize
-from tests.backends.site_formats import CHOICES, dual_region, tied_groups, wide
+from tests.backends.site_formats import CHOICES, dual_region, free_groups, tied_groups, wide
 
 MODELS = models()
 NAMES = [name for name, _, _ in MODELS]
@@ -33,6 +34,28 @@ def test_linears_of_every_format_have_an_exact_product(choose):
     lowered = reference.lower(quantize(model, (inputs,), choose))
     roles = [lowered.semantics.roles[n] for n in lowered.semantics.products]
     assert roles == [Role.PRODUCT, Role.PRODUCT]
+
+
+def test_free_groups_share_out_the_channels():
+    torch.manual_seed(1)
+    module = quantize(nn.Linear(12, 5), (torch.randn(4, 12),), free_groups)
+    (form,) = reference.lower(module).semantics.products.values()
+    assert len(form.groups) > 1
+    assert sorted(torch.cat(list(form.groups)).tolist()) == list(range(12))
+    for members in form.groups:
+        assert form.data.scale[members].unique().numel() == 1
+
+
+def test_codes_of_a_bias_count_only_on_the_scale_of_the_accumulator():
+    codes, scale = torch.tensor([3, 4], dtype=torch.int32), torch.tensor([0.5, 0.25])
+    form = BiasForm(codes=codes, scale=scale)
+    assert form.codes_on(scale) is codes
+    assert form.codes_on(torch.tensor([0.5, 0.125])) is None
+    assert form.codes_on(torch.tensor(0.5)) is None
+    assert form.codes_on(torch.ones(3)) is None
+    single = BiasForm(codes=codes, scale=torch.tensor(0.5))
+    assert single.codes_on(torch.tensor([0.5, 0.5])) is codes
+    assert BiasForm(codes=codes).codes_on(scale) is None
 
 
 @pytest.mark.parametrize("choose", [tied_groups, dual_region, wide])

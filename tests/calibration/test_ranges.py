@@ -202,6 +202,16 @@ def test_affine_grids_cover_their_range_and_hold_zero(low, high, bits, signed, s
     assert not symmetric or z == 0
 
 
+@pytest.mark.parametrize(("low", "high"), [(2.0, 3.0), (-3.0, -2.0), (1e-3, 1e-3)])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_ranges_on_one_side_of_zero_are_widened_to_hold_it(low, high, symmetric):
+    grid = IntGrid(8, signed=True)
+    scale, zero = affine_parameters(low, high, grid.qmin, grid.qmax, symmetric=symmetric)
+    s, z = float(scale), int(zero)
+    assert (grid.qmin - z) * s <= min(low, 0.0) + s
+    assert (grid.qmax - z) * s >= max(high, 0.0) - s
+
+
 def test_affine_parameters_refuse_impossible_ranges():
     for ends in ((float("nan"), 1.0), (0.0, float("inf")), (1.0, -1.0)):
         with pytest.raises(ConfigError, match="finite ends, low <= high"):

@@ -23,6 +23,7 @@ from qgraph.calibration import (
     Statistic,
     make_statistic,
 )
+from qgraph.calibration import moments as moments_module
 from qgraph.calibration.sampling import spread_positions, stride_for
 from qgraph.errors import ArtifactError, CalibrationError, ConfigError
 
@@ -188,7 +189,9 @@ def test_transported_ranges_equal_observed_ones():
     assert_same(before.tensor_range(), whole)
 
 
-def test_moments_match_their_definition():
+@pytest.mark.parametrize("chunk", [16, 10**6])
+def test_moments_match_their_definition(chunk, monkeypatch):
+    monkeypatch.setattr(moments_module, "CHUNK_ROWS", chunk)
     x = torch.randn(50, 7, 3) * 4 + 2
     moments, gram = Moments(-1), Gram(-1)
     moments.update(x)

@@ -47,7 +47,7 @@ PRODUCTS = (
 RANGES = ("qgraph/calibration/extrema.py", "tests/calibration/test_statistics.py")
 MOMENTS = ("qgraph/calibration/moments.py", "tests/calibration/test_statistics.py")
 SCALES = ("qgraph/calibration/affine.py", "tests/calibration/test_ranges.py")
-TABLES = ("backends/tables.py", "tests/backends/test_integer.py")
+TABLES = ("backends/tables.py", "tests/backends/test_tables.py tests/backends/test_integer.py")
 PREPARE = (
     "backends/onnx/prepare.py",
     "tests/backends/test_onnx_export.py tests/backends/test_onnx_levels.py",
