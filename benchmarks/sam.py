@@ -84,6 +84,9 @@ VARIANTS: dict[str, Callable[[Pipeline], Pipeline]] = {
     ),
     "+ base, chosen": lambda p: without_ideas(p, "search-softmax-base"),
     "all": lambda p: p,
+    "all, base per head": lambda p: p.replace(
+        "search-softmax-base", SearchSoftmaxBase(per_head=True)
+    ),
 }
 
 
@@ -186,7 +189,7 @@ def save(path: Path, rows: dict[str, Row]) -> None:
 def line(name: str, variant: str, rows: list[Row], plain: Row, baseline: list[Row]) -> str:
     """One line of the table: means over seeds, points lost, share of the baseline's loss back."""
     count = len(rows)
-    text = f"{name:14s} {variant:16s} {count} seed{'s' if count > 1 else ' '} "
+    text = f"{name:14s} {variant:19s} {count} seed{'s' if count > 1 else ' '} "
     for prompt in PROMPTS:
         text += f" {prompt} {sum(r[f'{prompt}_miou'] for r in rows) / count:6.2f}"
         text += f" lost {drop(plain, rows, prompt)}"
