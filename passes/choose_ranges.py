@@ -22,6 +22,7 @@ from qgraph.calibration import (
 )
 from qgraph.calibration.outliers import SUSPECT, outlier_ratio
 from qgraph.calibration.ranges import range_sqnr
+from qgraph.calibration.ranks import Ranks
 from qgraph.context import Context
 from qgraph.errors import unknown_name
 from qgraph.formats import AffineEncoding, IntGrid
@@ -36,6 +37,7 @@ from qgraph.pipeline import Fact, Pass, Promise
 METHODS = ("output", "mse", "minmax", "percentile", "entropy")
 
 LOGGER = logging.getLogger("qgraph")
+WHAT = "choosing ranges"
 Key = tuple[Node, int]
 Clips = dict[Key, tuple[float, float]]
 
@@ -83,9 +85,15 @@ class ChooseRanges(Pass):
                 yield Request(value, "Reservoir", options)
 
     def run(self, module: GraphModule, context: Context) -> bool:  # noqa: D102
-        found = self._spare_adds(context)
-        for (value, bits), sites in context.plan.by_value(undecided_only=True).items():
-            low, high, how = self._range(module, context, (value, bits), sites, found)
+        clips = self._spare_adds(context)
+        undecided = list(context.plan.by_value(undecided_only=True).items())
+
+        def choose(number: int) -> tuple[float, float, str]:
+            key, sites = undecided[number]
+            return self._range(module, context, key, sites, clips)
+
+        found = Ranks.here().spread(len(undecided), choose, WHAT)
+        for ((value, bits), sites), (low, high, how) in zip(undecided, found, strict=True):
             self._doubt(context, value)
             grid = IntGrid(bits, signed=False)
             scale, zero_point = affine_parameters(low, high, grid.qmin, grid.qmax, symmetric=False)
@@ -132,31 +140,31 @@ class ChooseRanges(Pass):
 
     def _spare_adds(self, context: Context) -> Clips:
         """Take adds off the plan whose operands would lose too much; the clips that it tried."""
-        clips: Clips = {}
         adds: dict[Node, list[Site]] = {}
         for site in context.plan.activations():
             if site.kind is OpKind.ADD and site.encoding is None and self.add_sqnr > -math.inf:
                 adds.setdefault(site.edge.consumer, []).append(site)
+        keys = list(dict.fromkeys((s.value, s.bits) for sites in adds.values() for s in sites))
+        keys = [key for key in keys if context.statistics[key[0]].find(Histogram) is not None]
+        found = Ranks.here().spread(len(keys), lambda number: _clip(context, keys[number]), WHAT)
+        kept_by = {key: float(sqnr) for key, (_, _, sqnr) in zip(keys, found, strict=True)}
         for consumer, sites in adds.items():
-            kept = min(_sqnr(context, site, clips) for site in sites)
+            kept = min(kept_by.get((site.value, site.bits), math.inf) for site in sites)
             if kept < self.add_sqnr:
                 for site in sites:
                     context.plan.remove(site)
                 reason = f"an operand would keep {kept:.1f} dB, below {self.add_sqnr:g}"
                 context.record(self.name, consumer, "kept", reason, sqnr=kept)
-        return clips
+        return {key: (low, high) for key, (low, high, _) in zip(keys, found, strict=True)}
 
 
-def _sqnr(context: Context, site: Site, clips: Clips) -> float:
-    """dB that the value of a site keeps at its best clip, which is added to `clips`."""
-    seen = context.statistics[site.value]
-    source, extrema = seen.find(Histogram), seen.range()
-    if source is None:
-        return math.inf
-    bins, key = source.bins(), (site.value, site.bits)
-    if key not in clips:
-        clips[key] = choose_range(bins, extrema, bits=site.bits)
-    return range_sqnr(bins, clips[key], bits=site.bits)
+def _clip(context: Context, key: Key) -> tuple[float, float, float]:
+    """The best clip of a value at a width, and the dB that the value keeps."""
+    value, bits = key
+    seen = context.statistics[value]
+    bins = seen.get(Histogram).bins()
+    ends = choose_range(bins, seen.range(), bits=bits)
+    return (*ends, range_sqnr(bins, ends, bits=bits))
 
 
 def output_weight(module: GraphModule, sites: list[Site]) -> Tensor | None:

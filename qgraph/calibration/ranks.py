@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import json
 import os
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from qgraph.errors import ConfigError, QGraphError, RankError
 from qgraph.graph.verify import checksum, structure, tensors
 
 Group = dist.ProcessGroup | None
+T = TypeVar("T")
 
 
 class Share(Iterable[Any]):
@@ -124,6 +126,24 @@ class Ranks:
         if bad:
             msg = f"{what} failed on {len(bad)} of {self.size} ranks; {'; '.join(bad)}"
             raise RankError(msg)
+
+    def spread(self, count: int, work: Callable[[int], T], what: str) -> list[T]:
+        """``[work(0), ..., work(count - 1)]``, each done by one rank.
+
+        `work` gives a number, a text, or a flat tuple of these.
+
+        Raises:
+            RankError: `work` failed on another rank, or a rank is gone.
+        """
+        if self.size == 1:
+            return [work(number) for number in range(count)]
+        with self.together(what):
+            mine = {number: work(number) for number in range(self.rank, count, self.size)}
+        found: dict[int, Any] = {}
+        for text in self.gather(json.dumps(mine), what):  # floats come back with the same bits
+            for number, value in json.loads(text).items():
+                found[int(number)] = tuple(value) if isinstance(value, list) else value
+        return [found[number] for number in range(count)]
 
     def agree(self, what: str, digest: str) -> None:
         """Raise `RankError` unless all ranks hold the same."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -41,6 +42,10 @@ def one_bad_batch(rank: int) -> None:
     compiled(batches=batches)
 
 
+def spread(_: int) -> list[tuple[float, float, str]]:
+    return Ranks.here().spread(5, lambda number: (number / 3, -math.inf, "inf"), "counting")
+
+
 def dies(rank: int) -> None:
     if rank == 1:
         os._exit(3)
@@ -68,6 +73,7 @@ def test_a_loader_that_is_a_share_already_is_refused() -> None:
 
 
 def test_two_ranks_get_what_one_process_gets() -> None:
+    assert on_ranks(2, spread) == [spread(0), spread(0)]
     alone = [dict(compiled(pipeline).graph_module.state_dict()) for pipeline in KINDS]
     first, second = on_ranks(2, quantized)
     for own, state, other in zip(alone, first, second, strict=True):
