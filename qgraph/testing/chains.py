@@ -32,7 +32,10 @@ class _Stem(nn.Module):
 def chain(blocks: int, *, seed: int = 0) -> GraphModule:
     """A traced graph of ``x + gelu(linear(norm(x)))``, over and over; input [B, 4, 8]."""
     generator = torch.Generator().manual_seed(seed)
-    module = trace(_Stem().eval(), torch.randn(2, 4, WIDTH, generator=generator))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        stem = _Stem().eval()
+    module = trace(stem, torch.randn(2, 4, WIDTH, generator=generator))
     output = module.graph.output_node()
     first = value = output.all_input_nodes[0]
     for number in range(blocks):
