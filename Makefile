@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test fuzz mutants faults test-slow check docs lint types format clean
+.PHONY: demo test fuzz mutants faults hostile versions test-slow check docs lint types format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,12 @@ mutants: $(STAMP)  ## plant known bugs one by one; every one must be caught
 
 faults: $(STAMP)  ## kill -9 at random moments, rerun, compare bytes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.run
+
+hostile: $(STAMP)  ## flipped bits, truncations, forgeries of a saved model, counted
+	$(BIN)/python -m tests.hostile.run
+
+versions: $(STAMP)  ## exported files on every onnxruntime from 1.20 on
+	$(BIN)/python -m tests.versions.run
 
 test-slow: $(STAMP)  ## the long suites
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow

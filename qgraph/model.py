@@ -144,7 +144,8 @@ class QuantizedModel:
 
         Args:
             path: of the file.
-            container: ``"int8"`` (fastest on CPUs) or ``"native"`` (INT4/INT2, smallest).
+            container: ``"int8"`` (fastest on CPUs) or ``"native"`` (INT4/INT2, smallest; needs
+                onnxruntime 1.23 or later).
 
         Raises:
             ExportError: the graph cannot be written in this form, or the path not be written to.

@@ -67,7 +67,8 @@ def export(
         module: a canonical graph with dialect nodes; it is not changed.
         path: the file to write.
         container: ``"int8"`` keeps codes of up to 8 bits in INT8; ``"native"`` packs weights of
-            up to 4 bits as INT4 (2 bits as INT2 at opset 25), widened once when the file is loaded.
+            up to 4 bits as INT4 (2 bits as INT2 at opset 25), widened once when the file is loaded;
+            onnxruntime has the kernels for that from 1.23 on.
         opset: 21 by default; at least 25 for INT2.
         input_names: names of the file's inputs; default: the argument names.
         output_names: names of the file's outputs; default: the keys of the result.
