@@ -99,8 +99,7 @@ def compile(  # noqa: A001
         >>> quantized(images)                                                 # doctest: +SKIP
     """
     chosen = named_pipeline(pipeline) if isinstance(pipeline, str) else pipeline
-    chosen.check({Fact.TRACED})
-    _check_options(verify, metric_fn, max_drop)
+    _check_options(chosen, verify, metric_fn, max_drop)
     before = fingerprint(model) if verify == "full" else {}
     batch, loader = first_batch(calib_loader)
     given = batch if example_inputs is None else example_inputs
@@ -141,7 +140,10 @@ def compile(  # noqa: A001
     return quantized
 
 
-def _check_options(verify: object, metric_fn: Metric | None, max_drop: float | None) -> None:
+def _check_options(
+    chosen: Pipeline, verify: object, metric_fn: Metric | None, max_drop: float | None
+) -> None:
+    chosen.check({Fact.TRACED})
     check_limits(metric_fn, max_drop)
     if verify not in {True, False, "full"}:
         msg = f"verify is {verify!r}; allowed: True, False, 'full'"

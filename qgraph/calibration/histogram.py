@@ -7,6 +7,7 @@ octave, their edges are exact floats, and no search or logarithm is needed.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -19,6 +20,7 @@ from qgraph.errors import ConfigError
 LOW_EXPONENT, HIGH_EXPONENT = -24, 24  # bins cover 2^-24 <= |x| < 2^24
 BIAS = 127  # of the fp32 exponent
 OCTAVES = HIGH_EXPONENT - LOW_EXPONENT
+HOST = torch.device("cpu")  # cached borders must not follow a default device
 EXPONENTS = 256
 
 
@@ -127,25 +129,35 @@ class Histogram(Statistic):
 
     def edges(self) -> Tensor:
         """fp64 [48 * bins_per_octave + 1], ascending edges of the positive bins."""
-        octave = torch.arange(LOW_EXPONENT, HIGH_EXPONENT, dtype=torch.float64).exp2()
-        inside = torch.arange(self.bins_per_octave, dtype=torch.float64) / self.bins_per_octave
-        top = torch.tensor([2.0**HIGH_EXPONENT], dtype=torch.float64)
-        return torch.cat([(octave[:, None] * (1.0 + inside)).reshape(-1), top])
+        return _edges(self.bins_per_octave)
 
     def bins(self) -> Bins:
         """The density, bins outside 2^-24..2^24 one octave wide."""
         if self.counts is None or self.octaves is None:
             empty = torch.zeros(0, dtype=torch.float64)
             return Bins(empty, empty, empty, 0.0)
-        edges = self.edges()
+        lefts, rights = _borders(self.bins_per_octave)
         low, high = LOW_EXPONENT + BIAS, HIGH_EXPONENT + BIAS
-        octave = torch.arange(EXPONENTS, dtype=torch.float64).sub_(BIAS).exp2()
-        left = torch.cat([octave[1:low], edges[:-1], octave[high : EXPONENTS - 1]])
-        right = torch.cat([octave[2 : low + 1], edges[1:], octave[high + 1 :]])
         octaves, counts = self.octaves.cpu().double(), self.counts.cpu().double().flatten(1)
         mass = torch.cat([octaves[:, 1:low], counts, octaves[:, high : EXPONENTS - 1]], dim=1)
-        lefts = torch.cat([-right.flip(0), left])
-        rights = torch.cat([-left.flip(0), right])
         masses = torch.cat([mass[1].flip(0), mass[0]])
         used = masses > 0
         return Bins(lefts[used], rights[used], masses[used], float(self.zeros))
+
+
+def _edges(bins_per_octave: int) -> Tensor:
+    octave = torch.arange(LOW_EXPONENT, HIGH_EXPONENT, dtype=torch.float64, device=HOST).exp2()
+    inside = torch.arange(bins_per_octave, dtype=torch.float64, device=HOST) / bins_per_octave
+    top = torch.tensor([2.0**HIGH_EXPONENT], dtype=torch.float64, device=HOST)
+    return torch.cat([(octave[:, None] * (1.0 + inside)).reshape(-1), top])
+
+
+@functools.cache
+def _borders(bins_per_octave: int) -> tuple[Tensor, Tensor]:
+    """Left and right ends of all bins, negative ones first; read only."""
+    edges = _edges(bins_per_octave)
+    low, high = LOW_EXPONENT + BIAS, HIGH_EXPONENT + BIAS
+    octave = torch.arange(EXPONENTS, dtype=torch.float64, device=HOST).sub_(BIAS).exp2()
+    left = torch.cat([octave[1:low], edges[:-1], octave[high : EXPONENTS - 1]])
+    right = torch.cat([octave[2 : low + 1], edges[1:], octave[high + 1 :]])
+    return torch.cat([-right.flip(0), left]), torch.cat([-left.flip(0), right])
