@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 from transformers import YolosConfig, YolosForObjectDetection
@@ -16,8 +18,12 @@ def tiny() -> nn.Module:
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
         image_size=[32, 32], patch_size=8, num_detection_tokens=5, num_labels=4,
     )  # fmt: skip
-    model: nn.Module = YolosForObjectDetection(config)
-    return model
+    model = YolosForObjectDetection(config)
+    # Tokens start at zero, which no trained detector's are: beside patches of size one their
+    # rows would be a handful of steps of any scale per tensor.
+    for token in (model.vit.embeddings.cls_token, model.vit.embeddings.detection_tokens):
+        nn.init.normal_(token)
+    return cast(nn.Module, model)
 
 
 def load(path: str) -> nn.Module:
