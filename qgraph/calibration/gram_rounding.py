@@ -57,6 +57,13 @@ class InputSums:
             self.beside += beside.transpose(1, 2) @ weighted
         self.rows += rough.shape[1]
 
+    def merge(self, other: InputSums) -> None:
+        """Add the sums of another product with the same weight."""
+        self.square += other.square
+        self.drift += other.drift
+        self.beside += other.beside
+        self.rows += other.rows
+
 
 @dataclass(frozen=True, slots=True)
 class Compensated:

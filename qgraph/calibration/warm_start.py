@@ -91,6 +91,7 @@ class Unfolding:
 class _Place:
     """A product to round: what it reads, and what is summed with its output, in both graphs."""
 
+    name: str
     rounding: Rounding
     rows: Unfolding
     read: tuple[str, str]
@@ -99,17 +100,18 @@ class _Place:
 
 
 def warm_start(problem: Problem, how: Warm, *, batch: int = 32) -> int:
-    """Round the products of a region with feedback; return how many.
+    """Round the weights of a region with feedback; return how many.
 
-    The student's roundings start over from the codes found. Products whose weight serves others
-    too, and ops without rows, stay as they are.
+    The student's roundings start over from the codes found. A weight that several products read
+    is rounded once, for the sum of their errors. Weights that ops without rows read stay as they
+    are.
     """
     student = problem.student
     student.eval()
     student.set_weights(hard=True)
     done = 0
     for together in _places(problem, how):
-        for place, gram in zip(together, _grams(problem, together, batch), strict=True):
+        for place, gram in _sums(problem, together, batch):
             try:
                 found = round_compensated(
                     place.rounding.source, place.rounding.encoding, gram,
@@ -124,32 +126,49 @@ def warm_start(problem: Problem, how: Warm, *, batch: int = 32) -> int:
 
 
 def _places(problem: Problem, how: Warm) -> list[list[_Place]]:
-    """Products with a weight of their own, those that read the same rows together."""
-    graph, exact = problem.student.graph, by_name(problem.exact)
-    names = {id(module): name for name, module in problem.student.held.items()}
-    shared = [id(rounding) for rounding in problem.student.roundings.values()]
+    """Products to round together: those that read the same rows, or that share a weight."""
+    exact = by_name(problem.exact)
+    uses: dict[int, list[_Place]] = {}
+    readers: dict[int, int] = {}
+    for source, rounding in _sources(problem):
+        key = id(rounding)
+        readers[key] = readers.get(key, 0) + len(source.users)
+        for node in source.users:
+            what = product(node)
+            if what is not None and node.args[what.weight] is source and Unfolding.takes(node):
+                place = _place(node, rounding, exact[node.name], how)
+                uses.setdefault(key, []).append(place)
+    order = {node.name: i for i, node in enumerate(problem.student.graph.graph.nodes)}
     found: dict[tuple[object, ...], list[_Place]] = {}
-    for node in graph.graph.nodes:
-        what = product(node)
-        if what is None or not Unfolding.takes(node):
-            continue
-        source, data = node.args[what.weight], node.args[what.data]
-        if source.op != "call_module" or len(source.users) > 1:
-            continue
-        name = names.get(id(graph.get_submodule(str(source.target))))
-        rounding = None if name is None else problem.student.roundings[name]
-        if rounding is None or shared.count(id(rounding)) > 1:
-            continue
-        twin = exact[node.name]
-        read = data.name, cast(Node, twin.args[what.data]).name
-        beside = _residual(node, twin) if how.beside else None
-        weighed = kind(node) is OpKind.LINEAR or is_normalised_after(twin)
-        power = how.relative if weighed else 0.0
-        place = _Place(rounding, Unfolding(node, rounding.source), read, beside, power)
-        # A shortcut may read a value with another kernel or stride than the main path does.
-        rows = (data.name, place.rows.kernel, str(place.rows.options), place.rows.groups)
-        found.setdefault(rows, []).append(place)
+    for key, places in sorted(uses.items(), key=lambda item: min(order[p.name] for p in item[1])):
+        if len(places) == readers[key]:
+            # A shortcut may read a value with another kernel or stride than the main path does.
+            rows = places[0].rows
+            same = (places[0].read[0], rows.kernel, str(rows.options), rows.groups)
+            found.setdefault(same if len(places) == 1 else (key,), []).extend(places)
     return list(found.values())
+
+
+def _sources(problem: Problem) -> Iterator[tuple[Node, Rounding]]:
+    """The nodes that give rounded weights."""
+    graph = problem.student.graph
+    names = {id(module): name for name, module in problem.student.held.items()}
+    for node in graph.graph.nodes:
+        if node.op == "call_module":
+            name = names.get(id(graph.get_submodule(str(node.target))))
+            if name in problem.student.roundings:
+                yield node, problem.student.roundings[name]
+
+
+def _place(node: Node, rounding: Rounding, twin: Node, how: Warm) -> _Place:
+    what = product(node)
+    assert what is not None
+    read = (cast(Node, call.args[what.data]).name for call in (node, twin))
+    beside = _residual(node, twin) if how.beside else None
+    weighed = kind(node) is OpKind.LINEAR or is_normalised_after(twin)
+    power = how.relative if weighed else 0.0
+    rows = Unfolding(node, rounding.source)
+    return _Place(node.name, rounding, rows, (next(read), next(read)), beside, power)
 
 
 def _residual(node: Node, twin: Node) -> tuple[str, str] | None:
@@ -167,6 +186,19 @@ def _summand(call: Node) -> str | None:
         return None
     same = str(other.meta["val"].shape) == str(call.meta["val"].shape)
     return other.name if same else None
+
+
+def _sums(
+    problem: Problem, together: list[_Place], batch: int
+) -> Iterator[tuple[_Place, InputSums]]:
+    """The places to round and their sums; uses of one weight become one."""
+    if len(together) > 1 and together[0].rounding is together[1].rounding:
+        total, *others = (_grams(problem, [place], batch)[0] for place in together)
+        for other in others:
+            total.merge(other)
+        yield together[0], total
+        return
+    yield from zip(together, _grams(problem, together, batch), strict=True)
 
 
 def _grams(problem: Problem, together: Sequence[_Place], batch: int) -> list[InputSums]:

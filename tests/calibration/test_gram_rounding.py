@@ -130,9 +130,16 @@ def test_sums_do_not_depend_on_how_rows_come(seed, split):
     parts = InputSums(1, 6, 10)
     for part in (slice(0, split), slice(split, 60)):
         parts.add(rough[:, part], exact[:, part], importance[part], beside[:, part])
+    merged = InputSums(1, 6, 10)
+    merged.add(rough[:, :split], exact[:, :split], importance[:split], beside[:, :split])
+    merged.merge(gram_of(
+        rough[:, split:], exact[:, split:], importance=importance[split:], beside=beside[:, split:]
+    ))  # fmt: skip
     for name in ("square", "drift", "beside"):
-        a, b = getattr(whole, name), getattr(parts, name)
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(a.abs().max()))
+        a = getattr(whole, name)
+        for b in (getattr(parts, name), getattr(merged, name)):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(a.abs().max()))
+    assert merged.rows == whole.rows
 
 
 def test_the_target_serves_shifted_inputs_and_what_is_summed_with_the_output():
