@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each idea of the `det` pipelines is worth: `python -m benchmarks.det [--quick]`.
 
-The zoo's RetinaNet-like detector: searched ranges, + learned rounding by local losses, + the
+The zoo's RetinaNet-like detector: searched ranges, + rounding with feedback by local losses, + the
 global loss, + its filter, log-affine weights, all of it; at W8A8 and W4A8 both ends, at W4A4 and
 W3A3 the full grid, at W2A4 both ends; and backbone and neck only. mAP@[.5:.95] in points on the
 evaluation split, over three calibration seeds, with compute and storage ratios. The first seed
@@ -51,7 +51,7 @@ class Variant:
     """Which parts of the pipeline are on.
 
     Attributes:
-        learned: rounding is learned by blocks. log_affine: the format may be used in the head.
+        learned: rounding goes by regions. log_affine: the format may be used in the head.
         thresholds: of the filtered global loss; None: local losses only.
         forced: log-affine whatever the fit says. parts: what is quantized.
     """
@@ -97,10 +97,10 @@ class Settings:
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    images: int = 128
-    samples: int = 400
-    steps: int = 120
-    range_steps: int = 80
+    images: int = 256
+    samples: int = 1000
+    steps: int = 0
+    range_steps: int = 150
     batch: int = 16
 
 
@@ -113,7 +113,7 @@ def build(width: str, variant: Variant, settings: Settings) -> Pipeline:
     judged = variant.thresholds is not None
     names = [item.name for item in chosen]
     if "reconstruct-blocks" not in names:
-        chosen = chosen.insert_after("tune-ranges", _pass("reconstruct-blocks"))
+        chosen = chosen.insert_before("tune-ranges", _pass("reconstruct-blocks"))
     for name, used in (
         ("tune-ranges", judged and variant.learned),
         ("reconstruct-blocks", variant.learned),

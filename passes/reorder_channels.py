@@ -28,6 +28,7 @@ from qgraph.formats.channel_groups import (
 )
 from qgraph.formats.element_groups import element_groups, magnitude_thresholds
 from qgraph.graph.ignore import Ignore
+from qgraph.graph.ops import product
 from qgraph.graph.permute_channels import apply_fold, find_fold, insert_gather, permute_columns
 from qgraph.graph.plan import Site
 from qgraph.graph.requests import Request
@@ -62,6 +63,8 @@ class ReorderChannels(Pass):
     can be folded into the linear layer before an elementwise function, or into the value
     projection of an attention (then inside each head only: a group is one slice per head);
     elsewhere, or where somebody else reads the value, a gather does it on the quantized branch.
+    Where the weight serves other values as well (a head over pyramid levels) the order stays: a
+    permuted copy for each would have to be stored.
 
     Attributes:
         groups: at most so many.
@@ -198,6 +201,8 @@ class ReorderChannels(Pass):
     ) -> tuple[Tensor | None, str]:
         """Reorder values and weight columns; returns the order (None: unchanged) and how."""
         consumers, axis = [site.edge.consumer for site in sites], channel_axis(sites)
+        if any(_serves_others(consumer, consumers) for consumer in consumers):
+            return None, "order kept, the weight serves others too"
         heads = find_value_heads(value, consumers)
         order = group_order(group) if isinstance(heads, str) else heads.order(group)
         if not self.reorder or torch.equal(order, torch.arange(len(order))):
@@ -252,6 +257,14 @@ def likely_range(ranges: ChannelRange, rows: Tensor) -> tuple[Tensor, Tensor]:
     own = ((high - low) / sampled.clamp(min=1e-12)).clamp(1.0, 2.0**8).log2() / math.log2(times)
     growth = torch.exp2(torch.maximum(own, own.mean()) * DOUBLINGS)
     return low * growth, high * growth
+
+
+def _serves_others(consumer: Node, consumers: list[Node]) -> bool:
+    """Whether products of other values read the consumer's weight."""
+    what = product(consumer)
+    assert what is not None
+    weight = consumer.args[what.weight]
+    return isinstance(weight, Node) and any(user not in consumers for user in weight.users)
 
 
 def channel_axis(sites: list[Site]) -> int:

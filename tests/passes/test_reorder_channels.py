@@ -187,7 +187,7 @@ def test_a_layer_norm_is_never_reordered_by_gamma_and_beta():
     assert not torch.allclose(F.layer_norm(x, (16,), gamma[order], beta[order]), right, atol=0.1)
 
 
-def test_tied_weights_are_cloned_before_they_are_permuted():
+def test_a_weight_that_serves_other_values_keeps_its_order_and_its_one_copy():
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -202,7 +202,10 @@ def test_tied_weights_are_cloned_before_they_are_permuted():
     found = decided(seeded(Tied()), ReorderChannels(tile=1), verify=True)
     before, after = (outputs(m, found.batches) for m in (found.before, found.module))
     assert torch.allclose(before, after, rtol=1e-4, atol=1e-4)
-    assert any(o == "applied" for o, _ in found.lines("reorder-channels"))
+    told = [reason for o, reason in found.lines("reorder-channels") if o == "applied"]
+    assert told
+    assert all(reason.endswith("order kept, the weight serves others too") for reason in told)
+    assert len(found.module.state_dict()) == len(found.before.state_dict())
 
 
 def test_even_channels_stay_one_group_and_say_so():
