@@ -45,7 +45,7 @@ def cpu_times(functions: dict[str, Callable[[], Any]], runs: int) -> dict[str, f
 
 
 def measure(
-    name: str, pipeline: str, *, runs: int, compiled: bool, scored: int = 0
+    name: str, pipeline: str, *, runs: int, compiled: bool, fixed: bool = False, scored: int = 0
 ) -> dict[str, Any]:
     """Quantize one model, check the codes, time all backends."""
     case = CASES[name](4)
@@ -57,6 +57,9 @@ def measure(
         "integer": lambda: lowered(**batch),
         "reference": lambda: model(**batch),
     }
+    if fixed:
+        pure = integer.lower(graph, mode="fixed_point")
+        functions["fixed_point"] = lambda: pure(**batch)
     equal = None
     if compiled:
         fused = integer.lower(graph, compile=True)
@@ -100,6 +103,7 @@ def main() -> None:
     parser.add_argument("--pipeline", default="int8")
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--compile", action="store_true", help="also through torch.compile")
+    parser.add_argument("--fixed", action="store_true", help="also the fixed-point mode")
     parser.add_argument("--metric", type=int, default=0, help="development samples to score")
     options = parser.parse_args()
     host = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
@@ -108,7 +112,7 @@ def main() -> None:
     for name in options.models:
         result = measure(
             name, options.pipeline, runs=options.runs, compiled=options.compile,
-            scored=options.metric,
+            fixed=options.fixed, scored=options.metric,
         )  # fmt: skip
         print(json.dumps(result), flush=True)
 
