@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test fuzz mutants faults hostile versions test-slow check docs lint types format clean
+.PHONY: demo test fuzz mutants faults hostile versions coverage test-slow check docs lint types format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,9 @@ hostile: $(STAMP)  ## flipped bits, truncations, forgeries of a saved model, cou
 
 versions: $(STAMP)  ## exported files on every onnxruntime from 1.20 on
 	$(BIN)/python -m tests.versions.run
+
+coverage: $(STAMP)  ## branches of formats, graph, passes and backends that no test takes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow and not cuda" --cov --cov-report=term
 
 test-slow: $(STAMP)  ## the long suites
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow
