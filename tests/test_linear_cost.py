@@ -20,7 +20,7 @@ from qgraph.testing.chains import WIDTH, chain
 
 ROOT = Path(qgraph.__file__).resolve().parent.parent
 OURS = tuple(str(ROOT / name) for name in ("qgraph", "passes", "backends"))
-BLOCKS = 2
+BLOCKS = 4  # a pass may treat the first block or two differently
 
 
 def executed(pipeline: str, blocks: int, *, verify: bool) -> Counter[str]:
@@ -54,5 +54,5 @@ def test_twice_as_many_nodes_run_at_most_about_twice_as_many_lines(
     )
     for file in many:
         first, second = some[file] - few[file], many[file] - some[file]
-        # from 2 to 4 blocks, then from 4 to 8: linear work adds twice as much
+        # from 4 to 8 blocks, then from 8 to 16: linear work adds twice as much
         assert second <= 2.3 * first + 300, f"{file} grows faster than the graph"

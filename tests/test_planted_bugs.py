@@ -154,9 +154,12 @@ class ChangesAndSaysNo(Bug):
     promise = Promise.QUANTIZING
 
     def run(self, module, context):
+        self.plant(module)
+        return False
+
+    def plant(self, module):
         node = linear(module, "hidden")
         replace_tensor(module, Edge(node, (1,)), weight(module, node) * 1.0, "w")
-        return False
 
 
 class WritesInPlace(Bug):

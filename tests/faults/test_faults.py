@@ -104,7 +104,8 @@ def test_a_loader_worker_that_dies_ends_the_compilation_and_leaves_the_model_alo
 
 
 PROGRAM = """
-import sys, torch, qgraph
+import signal, sys, torch, qgraph
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from torch.utils.data import DataLoader, TensorDataset
 from tests.faults.jobs import Net
 data = DataLoader(TensorDataset(torch.randn(100000, 6)), batch_size=2, num_workers=1)
@@ -155,7 +156,7 @@ def test_a_killed_calibration_ends_as_an_uninterrupted_one(seed, tmp_path):
     quantized = qgraph.compile(model(), loader(), "w4a8", progress=False)
     quantized.save(tmp_path / "whole.qgraph")
     last = digests(tmp_path)
-    whole = Uninterrupted(last, frozenset(last.values()), 0.5)
+    whole = Uninterrupted(last, frozenset(last.values()), 0.05)  # long before the end
     found = trial("calibration", seed, whole)
     assert not found.failure
     assert found.killed
