@@ -178,7 +178,7 @@ def _role(found: Semantics, node: Node) -> Role:
 
 def _behind(found: Semantics, node: Node, source: Node) -> Role:
     """Role of an op that may take levels, or an accumulator, as its first argument."""
-    if _is_resampling(found, node, source):
+    if resamples_levels(found.module, node):
         return Role.RESAMPLE
     if source in found.sources and (bounds := clamp_bounds(node)) is not None:
         found.clamps[node], found.sources[node] = bounds, found.sources[source]
@@ -221,9 +221,12 @@ def _move(found: Semantics, node: Node) -> Role:
     return Role.MOVE
 
 
-def _is_resampling(found: Semantics, node: Node, source: Node) -> bool:
-    is_read = found.roles[source] is Role.READ and found.levels[source].axis is None
-    return node.target in RESAMPLES and is_read
+def resamples_levels(module: GraphModule, node: Node) -> bool:
+    """Whether a node interpolates values that one scale serves: levels then, scaled afterwards."""
+    source: Any = node.args[0] if node.target in RESAMPLES else None
+    return source is not None and is_dequantize(source) and is_per_tensor(
+        encoding_of(module, source)
+    )  # fmt: skip
 
 
 def _cat(found: Semantics, node: Node) -> Role:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qgraph.calibration import ChannelRange, Reservoir, choose_range_for_output
+from qgraph.calibration.decibels import decibels
 from qgraph.calibration.output_ranges import sketch
 from qgraph.calibration.transport import scaled_statistics
 from qgraph.context import Context
@@ -28,7 +29,7 @@ from qgraph.graph.scale_channels import (
     scale_columns,
     scale_source,
 )
-from qgraph.passes.reorder_channels import decibels, matched
+from qgraph.passes.reorder_channels import matched
 from qgraph.passes.use_dual_regions import affine_encoding, relative_power, row_request, row_weights
 from qgraph.pipeline import Fact, Pass, Promise
 

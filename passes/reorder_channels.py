@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qgraph.calibration import ChannelRange, Histogram, Reservoir, choose_range_for_output
+from qgraph.calibration.decibels import decibels
 from qgraph.calibration.output_ranges import ROUGH
 from qgraph.calibration.transport import permuted_statistics
 from qgraph.context import Context
@@ -315,8 +316,3 @@ def _thresholds(histogram: Histogram) -> Tensor:
     magnitude, index = centre.unique(return_inverse=True)
     count = torch.zeros_like(magnitude).scatter_add(0, index, bins.mass)
     return magnitude_thresholds(magnitude, count)
-
-
-def decibels(before: float, after: float) -> float:
-    """How much smaller a squared error became, in dB."""
-    return 10 * math.log10(max(before, 1e-300) / max(after, 1e-300))

@@ -17,6 +17,7 @@ from qgraph.calibration import (
     Histogram,
     JointReservoir,
 )
+from qgraph.calibration.decibels import decibels
 from qgraph.calibration.probability_formats import (
     CELLS,
     FAMILIES,
@@ -24,7 +25,6 @@ from qgraph.calibration.probability_formats import (
     Sample,
     best_by_family,
     best_by_head,
-    decibels,
 )
 from qgraph.context import Context
 from qgraph.errors import unknown_name

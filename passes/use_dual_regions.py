@@ -21,6 +21,7 @@ from qgraph.calibration import (
     choose_range_for_output,
 )
 from qgraph.calibration.clip_grid import CodeRange, search_clip
+from qgraph.calibration.decibels import decibels
 from qgraph.calibration.fused import FusedStatistics
 from qgraph.calibration.histogram import Bins
 from qgraph.calibration.output_ranges import sketch
@@ -165,7 +166,7 @@ class UseDualRegions(Pass):
         self, context: Context, value: Node, sites: list[Site], best: LevelEncoding,
         error: float, other: float,
     ) -> None:  # fmt: skip
-        gain = 10 * math.log10(max(other, 1e-300) / max(error, 1e-300))
+        gain = decibels(other, error)
         shift = shift_of(best)
         numbers = {
             "gain_db": gain, "shift": float(shift), "bits": float(best.bits),
@@ -177,7 +178,7 @@ class UseDualRegions(Pass):
             context.record(self.name, value, "kept", why, **numbers)
             return
         if other <= 10 ** (-self.enough_db / 10) and not forced:
-            why = f"affine keeps {-10 * math.log10(max(other, 1e-300)):.1f} dB: enough"
+            why = f"affine keeps {decibels(1.0, other):.1f} dB: enough"
             context.record(self.name, value, "kept", why, **numbers)
             return
         reason = f"regions 2^{shift} apart, {gain:+.2f} dB against affine"

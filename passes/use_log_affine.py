@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qgraph.calibration import weight_parameters
+from qgraph.calibration.decibels import decibels
 from qgraph.calibration.log_affine_fit import log_affine_encoding
 from qgraph.context import Context
 from qgraph.errors import unknown_name
@@ -113,7 +113,7 @@ class UseLogAffine(Pass):
         )  # fmt: skip
         errors = [float((e.fake(weight) - weight).double().square().mean())
                   for e in (uniform, logarithmic)]  # fmt: skip
-        gain = 10 * math.log10(max(errors[0], 1e-300) / max(errors[1], 1e-300))
+        gain = decibels(errors[0], errors[1])
         numbers = {"gain_db": gain, "bits": float(site.bits), "weights": float(weight.numel())}
         if gain <= self.min_gain_db:
             context.record(

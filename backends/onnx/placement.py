@@ -13,14 +13,13 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule, Node
 
-from qgraph.backends.levels import is_per_tensor
 from qgraph.backends.onnx.convolutions import (
     is_open,
     one_per_encoding,
     patches_to_linear,
     transposed_to_phases,
 )
-from qgraph.backends.semantics import RESAMPLES
+from qgraph.backends.semantics import resamples_levels
 from qgraph.formats import AffineEncoding
 from qgraph.graph import dialect
 from qgraph.graph.build import attribute, insert_buffer, insert_call
@@ -40,7 +39,7 @@ def place(module: GraphModule) -> None:
     for node in list(module.graph.nodes):
         if node.target is aten.conv_transpose2d.input:
             transposed_to_phases(module, node)
-        elif node.target in RESAMPLES:
+        elif resamples_levels(module, node):
             _scale_afterwards(module, node)
     pending = [n for n in module.graph.nodes if n.target is dialect.QUANTIZE]
     while pending:
@@ -58,8 +57,6 @@ def place(module: GraphModule) -> None:
 def _scale_afterwards(module: GraphModule, node: Node) -> None:
     """Interpolate levels and scale the result, as the other backends do."""
     source: Any = node.args[0]
-    if not dialect.is_dequantize(source) or not is_per_tensor(dialect.encoding_of(module, source)):
-        return
     scale = attribute(module, str(source.args[1].target))
     one = insert_buffer(module, f"{source.name}_one", torch.ones_like(scale), before=node)
     args, interpolate = (source.args[0], one, *source.args[2:]), cast(Any, node.target)

@@ -76,11 +76,6 @@ class Sample:
         return (known - sampled).clamp_(min=0.0).cpu()
 
 
-def decibels(reference: float, error: float) -> float:
-    """How far `error` lies below `reference`, in dB."""
-    return 10.0 * math.log10(max(reference, 1e-300) / max(error, 1e-300))
-
-
 def best_by_family(
     sample: Sample, bits: int, formats: tuple[str, ...] = FAMILIES
 ) -> dict[str, Choice]:
