@@ -142,14 +142,8 @@ class Study:
 
     def score(self, model: Callable[[Tensor], Tensor]) -> Cell:
         """Metrics on the evaluation split, and the counts of each image."""
-        found = sirst.evaluate(model, "evaluation", self.settings.images, self.settings.batch)
-        counts = found["per_image"]
-        low, high = interval(counts["intersection"], counts["union"])
-        return {
-            "iou": found["iou"], "niou": found["niou"], "pd": found["pd"], "fa": found["fa"],
-            "iou_95": [low, high], "intersection": counts["intersection"].tolist(),
-            "union": counts["union"].tolist(),
-        }  # fmt: skip
+        found = scored(model, self.settings.images, self.settings.batch)
+        return found | {"iou_95": interval(found["intersection"], found["union"])}
 
     @torch.no_grad()
     def alone(self) -> Cell:
@@ -180,6 +174,16 @@ class Study:
             "iou": {name: count.result()["iou"] for name, count in counts.items()},
             "levels": {unit.block: unit.level for unit in units},
         }
+
+
+def scored(model: Callable[[Tensor], Tensor], images: int, batch: int, *, scenes: int = 0) -> Cell:
+    """Metrics on evaluation scenes of a seed, and the counts of each image."""
+    found = sirst.evaluate(model, "evaluation", images, batch, seed=scenes)
+    counts = found["per_image"]
+    return {
+        "iou": found["iou"], "niou": found["niou"], "pd": found["pd"], "fa": found["fa"],
+        "intersection": counts["intersection"].tolist(), "union": counts["union"].tolist(),
+    }  # fmt: skip
 
 
 def interval(both: Any, either: Any, *, draws: int = 2000) -> tuple[float, float]:

@@ -13,16 +13,14 @@ import argparse
 import hashlib
 import json
 import warnings
-from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import qgraph
-from benchmarks.sirst import PAPER, RESULTS, paired
+from benchmarks.sirst import PAPER, RESULTS, paired, scored
 from examples.zoo import sirst
 from examples.zoo.sirst.scoring import WEIGHTS
 
@@ -40,16 +38,6 @@ def pipelines() -> dict[str, qgraph.Pipeline]:
         "spmix": qgraph.pipeline("sirst_mixed", PAPER, mode="spmix", activation_choices=CHOICES),
         "free": qgraph.pipeline("sirst_mixed", PAPER, mode="free", activation_choices=CHOICES),
     }
-
-
-def scored(model: Callable[[Tensor], Tensor], count: int) -> Line:
-    """Metrics and the counts of each image."""
-    found = sirst.evaluate(model, "evaluation", count, BATCH, seed=SCENES)
-    counts = found["per_image"]
-    return {
-        "iou": found["iou"], "niou": found["niou"], "pd": found["pd"], "fa": found["fa"],
-        "intersection": counts["intersection"].tolist(), "union": counts["union"].tolist(),
-    }  # fmt: skip
 
 
 def quantized(name: str, chosen: qgraph.Pipeline, seed: int, images: int) -> qgraph.QuantizedModel:
@@ -83,10 +71,10 @@ def measure(model: str, cell: str, seed: int, count: int, images: int) -> Line:
     """One line of the log."""
     cost: Any = None
     if cell == "float":
-        scores = scored(sirst.load_model(model), count)
+        scores = scored(sirst.load_model(model), count, BATCH, scenes=SCENES)
     else:
         result = quantized(model, pipelines()[cell], seed, images)
-        scores = scored(result, count)
+        scores = scored(result, count, BATCH, scenes=SCENES)
         cost = None if result.report.cost is None else result.report.cost.to_json()
     return {
         "model": model, "cell": cell, "seed": seed, "images": count, "calibration": images,

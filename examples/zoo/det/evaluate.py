@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypedDict
@@ -17,6 +16,7 @@ from examples.zoo.det.boxes import detections
 from examples.zoo.det.data import CLASSES, batches
 from examples.zoo.det.metrics import BoxScores
 from examples.zoo.det.weights import MODELS, load_model
+from examples.zoo.log import append
 from examples.zoo.splits import SPLITS, Split
 
 LOG = Path(__file__).parent / "evaluation_log.jsonl"
@@ -60,10 +60,7 @@ def main() -> None:
         "samples": args.samples,
         "map": round(result["map"], 4),
     }
-    line = json.dumps(row)
-    with LOG.open("a") as log:
-        log.write(line + "\n")
-    print(line)
+    append(LOG, row)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from examples.zoo.det.data import batches
 from examples.zoo.det.evaluate import LOG, evaluate
 from examples.zoo.det.objective import objective
 from examples.zoo.det.weights import MODELS, Kind, load_model
+from examples.zoo.log import append
 from examples.zoo.splits import SPLITS, Split
 from qgraph.calibration.boxes import Detections
 
@@ -70,10 +70,7 @@ def main() -> None:
             "drop_points": round(100 * (base - score), 3),
             "images_unlike_reference": differing(lowered, reference, args.split, args.samples),
         }
-        line = json.dumps(row)
-        with LOG.open("a") as log:
-            log.write(line + "\n")
-        print(line, flush=True)
+        append(LOG, row)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypedDict
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from examples.zoo.log import append
 from examples.zoo.metrics import MaskScores, bootstrap
 from examples.zoo.ris.data import batches
 from examples.zoo.ris.weights import load_model
@@ -59,10 +59,7 @@ def main() -> None:
         "oiou": round(result["oiou"], 4),
         "precision_at_0.5": round(hits, 4),
     }
-    line = json.dumps(row)
-    with LOG.open("a") as log:
-        log.write(line + "\n")
-    print(line)
+    append(LOG, row)
 
 
 if __name__ == "__main__":

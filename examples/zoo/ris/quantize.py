@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 import qgraph
+from examples.zoo.log import append
 from examples.zoo.metrics import bootstrap
 from examples.zoo.ris.data import batches
 from examples.zoo.ris.evaluate import LOG, evaluate
@@ -55,10 +55,7 @@ def report(name: str, result: Any, base: Any, args: argparse.Namespace) -> None:
         "drop_points": round(100 * (base["miou"] - result["miou"]), 3),
         "drop_95": [round(drop.low, 3), round(drop.high, 3)],
     }
-    line = json.dumps(row)
-    with LOG.open("a") as log:
-        log.write(line + "\n")
-    print(line, flush=True)
+    append(LOG, row)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from typing import TypedDict
 
 import torch
 from torch import Tensor
 
+from examples.zoo.log import append
 from examples.zoo.metrics import MaskScores, bootstrap
 from examples.zoo.sam.data import Prompt, batches
 from examples.zoo.sam.model import best_mask
@@ -64,10 +64,7 @@ def main() -> None:
             "miou_95": [round(interval.low, 4), round(interval.high, 4)],
             "oiou": round(result["oiou"], 4),
         }
-        line = json.dumps(row)
-        with LOG.open("a") as log:
-            log.write(line + "\n")
-        print(line)
+        append(LOG, row)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ A command; import the function of the same name from the package, not this modul
 from __future__ import annotations
 
 import argparse
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
+from examples.zoo.log import append
 from examples.zoo.sirst.scoring import MODELS, WEIGHTS, evaluate, load_model
 
 LOG = Path(__file__).parent / "evaluation_log.jsonl"
@@ -42,10 +42,7 @@ def main() -> None:
     options = parser.parse_args()
     names = sorted(MODELS) if options.model == "all" else [options.model]
     for name in names:
-        line = json.dumps(record(name, options.split, options.num_samples))
-        print(line)
-        with LOG.open("a") as log:
-            log.write(line + "\n")
+        append(LOG, record(name, options.split, options.num_samples))
 
 
 if __name__ == "__main__":

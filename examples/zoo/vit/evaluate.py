@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from typing import TypedDict
 
 import torch
 from torch import Tensor
 
+from examples.zoo.log import append
 from examples.zoo.metrics import bootstrap, correct
 from examples.zoo.splits import SPLITS, Split
 from examples.zoo.vit.data import batches
@@ -55,10 +55,7 @@ def main() -> None:
             "accuracy": round(result["accuracy"], 4),
             "accuracy_95": [round(interval.low, 4), round(interval.high, 4)],
         }
-        line = json.dumps(row)
-        with LOG.open("a") as log:
-            log.write(line + "\n")
-        print(line)
+        append(LOG, row)
 
 
 if __name__ == "__main__":
