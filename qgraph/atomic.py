@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing files so that a reader sees the old file or the new one, never half of it.
 
-A temporary file in the same folder, fsync, os.replace, fsync of the folder. Temporary files that
+A temporary file in the same folder, fsync, rename, fsync of the folder. Temporary files that
 a killed process left behind are swept by the next writer of the same target.
 """
 
@@ -53,11 +53,8 @@ def write_file(path: str | os.PathLike[str], chunks: Iterable[Chunk]) -> int:
         with temporary.open("xb") as file:
             for chunk in chunks:
                 file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
             size = file.tell()
-        os.replace(temporary, target)  # noqa: PTH105
-        _sync_folder(target.parent)
+        publish(temporary, target)
     except OSError as error:
         msg = f"{target}: cannot be written: {error.strerror or error}"
         raise ExportError(msg) from error
@@ -65,6 +62,14 @@ def write_file(path: str | os.PathLike[str], chunks: Iterable[Chunk]) -> int:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     return size
+
+
+def publish(draft: Path, target: Path) -> None:
+    """Move a finished file into place; after a crash of the machine the old one stands, or it."""
+    with draft.open("rb") as written:
+        os.fsync(written.fileno())
+    draft.replace(target)
+    _sync_folder(target.parent)
 
 
 def _refuse_special(target: Path) -> None:

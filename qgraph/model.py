@@ -150,7 +150,7 @@ class QuantizedModel:
         Raises:
             ExportError: the graph cannot be written in this form, or the path not be written to.
         """
-        return onnx.export(self.graph_module, artifact.probe(path), container=container)
+        return onnx.export(self.graph_module, path, container=container)
 
     def save(self, path: str | Path) -> int:
         """Write one safe file: tensors, graph, report and the sample inputs; return its size.

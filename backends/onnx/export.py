@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,7 +19,7 @@ import onnx_ir as ir
 import torch
 from torch.fx import GraphModule
 
-from qgraph.atomic import sweep, temporary_of
+from qgraph.atomic import probe, publish, sweep, temporary_of
 from qgraph.backends.onnx import finish, ops
 from qgraph.backends.onnx.capabilities import OPSET_DEFAULT, SESSION_CONFIG
 from qgraph.backends.onnx.prepare import Prepared, prepare
@@ -29,6 +31,7 @@ LOGGER = logging.getLogger("qgraph")
 CONTAINERS = ("int8", "native")
 # protobuf refuses messages of 2 GiB and more.
 INLINE_LIMIT = 1_900_000_000
+DIGEST_CHARACTERS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +75,15 @@ def export(
         opset: 21 by default; at least 25 for INT2.
         input_names: names of the file's inputs; default: the argument names.
         output_names: names of the file's outputs; default: the keys of the result.
-        external_data: write tensors beside the file; default: only where one file cannot
-            hold them.
+        external_data: write tensors beside the file, as ``<name>.<digest>.data``; default: only
+            where one file cannot hold them.
 
     Raises:
-        ExportError: the graph cannot be expressed, or the file does not pass the checker.
+        ExportError: the graph cannot be expressed, the file does not pass the checker, or cannot
+            be written.
         ConfigError: an unknown container.
     """
+    target = probe(path)
     if container not in CONTAINERS:
         raise unknown_name("container", container, CONTAINERS)
     opset = OPSET_DEFAULT if opset is None else opset
@@ -99,12 +104,12 @@ def export(
         signature, container=container, codes=stored, session=SESSION_CONFIG
     )
     try:
-        size = _save(model, Path(path), external_data)
+        size = _save(model, target, external_data)
     except OSError as error:
         msg = f"cannot write {path}: {error.strerror or error}"
         raise ExportError(msg) from error
     return ExportInfo(
-        Path(path), size, opset, container, tuple(i.name for i in signature.inputs),
+        target, size, opset, container, tuple(i.name for i in signature.inputs),
         signature.output_names, {n: str(e["value"]) for n, e in stored.items()},
         tuple(prepared.notes),
     )  # fmt: skip
@@ -160,34 +165,49 @@ def _rename_symbols(model: ir.Model, labels: dict[str, str]) -> None:
 
 
 def _save(model: ir.Model, path: Path, external_data: bool | None) -> int:
-    """Write, check with the strict checker and shape inference, move into place."""
-    data = path.name + ".data"
+    """Write, check with the strict checker and shape inference, move into place.
+
+    Tensors beside the file are named by their content, so a graph can only meet its own: they are
+    published first, the graph second, and what no graph names any more is removed last.
+    """
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
     outside = weights > INLINE_LIMIT if external_data is None else external_data
-    target = path.resolve()
-    sweep(target)
-    folder = temporary_of(target)
+    data = f"{path.name}.{_content_digest(model)}.data" if outside else None
+    sweep(path)
+    folder = temporary_of(path)
     folder.mkdir()
     try:
         draft = folder / path.name
-        ir.save(model, draft, external_data=data if outside else None)
+        ir.save(model, draft, external_data=data)
         try:
             onnx.checker.check_model(str(draft), full_check=not outside)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             msg = f"the exported file does not pass onnx.checker: {error}"
             raise ExportError(msg) from error
-        size = draft.stat().st_size
-        if (folder / data).exists():
-            size += (folder / data).stat().st_size
-            _publish(folder / data, path.parent / data)
-        _publish(draft, path)
+        written = [draft] if data is None else [folder / data, draft]
+        size = sum(part.stat().st_size for part in written)
+        for part in written:
+            publish(part, path.with_name(part.name))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    _remove_stale(path, data)
     return size
 
 
-def _publish(draft: Path, path: Path) -> None:
-    """Move a file into place once it is on the disk, so that a crash leaves the old one or it."""
-    with draft.open("rb") as written:
-        os.fsync(written.fileno())
-    draft.replace(path)
+def _content_digest(model: ir.Model) -> str:
+    """What tells one file of tensors from another: names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None:
+            digest.update(f"{name} {tensor.dtype} {tensor.shape} {tensor.nbytes}\n".encode())
+            digest.update(tensor.tobytes())
+    return digest.hexdigest()[:DIGEST_CHARACTERS]
+
+
+def _remove_stale(path: Path, kept: str | None) -> None:
+    """Remove the tensors of graphs that stood at `path` before, and those of killed exports."""
+    pattern = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{{DIGEST_CHARACTERS}}}\.data")
+    for entry in path.parent.iterdir():
+        if pattern.fullmatch(entry.name) and entry.name != kept:
+            entry.unlink(missing_ok=True)

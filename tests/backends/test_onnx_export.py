@@ -130,6 +130,30 @@ def test_transposed_convolutions_run_as_integer_convolutions(tmp_path: Path) -> 
             assert "QLinearConv" in kinds
 
 
+@pytest.mark.parametrize("kernel", [(1, 1), (4, 2)])
+def test_patches_read_in_float_are_an_integer_product(
+    kernel: tuple[int, int], tmp_path: Path
+) -> None:
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Conv2d(3, 5, kernel, stride=kernel)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.embed(x).flatten(2).transpose(1, 2)
+            return nn.functional.layer_norm(tokens, (5,))
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 6)
+    module = quantized(Patches(), (x,))
+    export(module, tmp_path / "m.onnx")
+    kinds = {n.op_type for n in optimized(tmp_path / "m.onnx").graph.node}
+    assert "QGemm" in kinds
+    assert not {"Conv", "QLinearConv"} & kinds
+    session = Session(tmp_path / "m.onnx", threads=1)
+    torch.testing.assert_close(session(x), module(x), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7])
 def test_every_width_keeps_its_codes_in_both_containers(bits: int, tmp_path: Path) -> None:
     torch.manual_seed(bits)
@@ -191,7 +215,8 @@ def test_external_data_and_given_names_work(tmp_path: Path) -> None:
     info = export(
         module, tmp_path / "m.onnx", external_data=True, input_names=["pixels"], output_names=["y"]
     )
-    assert (tmp_path / "m.onnx.data").exists()
+    (data,) = tmp_path.glob("m.onnx.*.data")
+    assert info.size == data.stat().st_size + (tmp_path / "m.onnx").stat().st_size
     assert (info.inputs, info.outputs) == (("pixels",), ("y",))
     torch.testing.assert_close(Session(tmp_path / "m.onnx")(x), module(x))
     assert Session(tmp_path / "m.onnx").codes(x).keys() == codes_of(module, [x]).keys()

@@ -102,6 +102,8 @@ ENCODINGS: dict[str, Callable[[], Encoding]] = {
         scale=torch.tensor([1, 1, 2, 2, 4, 4]) / 512, zero_point=torch.full((6,), 3),
         qmin=0, qmax=255, axis=2,
     ),
+    "signed 8 bits": lambda: AffineEncoding.per_tensor(4e-3, -90, IntGrid(8, signed=True)),
+    "signed 5 bits": lambda: AffineEncoding.per_tensor(4e-2, -11, IntGrid(5, signed=True)),
     "12 bits": lambda: AffineEncoding.per_tensor(3e-4, 100, IntGrid(12, signed=False)),
     "signed 12 bits": lambda: AffineEncoding.per_tensor(3e-4, -900, IntGrid(12, signed=True)),
     "signed 16 bits": lambda: AffineEncoding(
@@ -260,24 +262,42 @@ class Table(nn.Module):
         return y
 
 
+def quantized_table(encoding: AffineEncoding, ids: Tensor) -> GraphModule:
+    """The table of a lookup as codes."""
+    module = trace(Table().eval(), ids)
+    gather = next(n for n in module.graph.nodes if "embedding" in str(n.target))
+    parameters = parameter_nodes(module, "table", encoding, before=gather)
+    weight = gather.args[0]
+    codes = insert_call(module, QUANTIZE, weight, *parameters, like=gather, before=gather)
+    decoded = insert_call(module, DEQUANTIZE, codes, *parameters, like=gather, before=gather)
+    gather.replace_input_with(weight, decoded)
+    module.recompile()
+    return module
+
+
+def test_unsigned_codes_of_a_stored_tensor_keep_both_ends_in_int8(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    encoding = AffineEncoding.per_tensor(5e-3, 117, IntGrid(8, signed=False))
+    ids = torch.arange(40).reshape(5, 8)
+    module = quantized_table(encoding, ids)
+    expected = module(ids)
+    codes = encoding.encode(expected)
+    assert (int(codes.min()), int(codes.max())) == (0, 255)
+    export(module, tmp_path / "m.onnx")
+    assert torch.equal(Session(tmp_path / "m.onnx", threads=1)(ids), expected)
+
+
 @pytest.mark.parametrize("axis", [None, 0, 1])
 @pytest.mark.parametrize("container", ["int8", "native"])
 def test_tables_are_gathered_as_codes(axis: int | None, container: str, tmp_path: Path) -> None:
     torch.manual_seed(2)
     ids = torch.randint(0, 40, (3, 5))
-    module = trace(Table().eval(), ids)
-    gather = next(n for n in module.graph.nodes if "embedding" in str(n.target))
-    weight = gather.args[0]
     count = {None: (), 0: (40,), 1: (8,)}[axis]
     scale = torch.rand(count) * 0.1 + 0.2
     encoding = AffineEncoding(
         scale=scale, zero_point=torch.zeros_like(scale), qmin=-8, qmax=7, axis=axis
     )
-    parameters = parameter_nodes(module, "table", encoding, before=gather)
-    codes = insert_call(module, QUANTIZE, weight, *parameters, like=gather, before=gather)
-    decoded = insert_call(module, DEQUANTIZE, codes, *parameters, like=gather, before=gather)
-    gather.replace_input_with(weight, decoded)
-    module.recompile()
+    module = quantized_table(encoding, ids)
     info = export(module, tmp_path / "m.onnx", container=container)
     torch.testing.assert_close(Session(tmp_path / "m.onnx", threads=1)(ids), module(ids))
     assert info.size < 3500

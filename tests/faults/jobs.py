@@ -12,6 +12,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 import qgraph
+from qgraph.backends import onnx
 from qgraph.model import QuantizedModel
 from qgraph.passes import ReconstructBlocks
 
@@ -91,6 +92,13 @@ def export(folder: Path, *, times: int = 2) -> None:
         wide(number % 2).to_onnx(folder / "whole.onnx")
 
 
+def export_beside(folder: Path, *, times: int = 2) -> None:
+    """The same with the tensors in a file beside it."""
+    for number in range(times):
+        onnx.export(wide(number % 2).graph_module, folder / "whole.onnx", external_data=True)
+
+
 JOBS: dict[str, Callable[[Path], None]] = {
-    job.__name__: job for job in (calibration, sensitivity, reconstruction, save, export)
+    job.__name__: job
+    for job in (calibration, sensitivity, reconstruction, save, export, export_beside)
 }

@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 
 import qgraph
-from tests.faults.jobs import JOBS
+from tests.faults.jobs import JOBS, export, export_beside, save
+
+TWICE = {job.__name__: job for job in (save, export, export_beside)}
 
 
 @dataclass(frozen=True)
@@ -94,22 +96,11 @@ def uninterrupted(job: str) -> Uninterrupted:
             found.append((digests(Path(name)), seconds))
     assert found[0][0] == found[1][0], f"{job} is not deterministic"
     seen = set(found[0][0].values())
-    if job in {"save", "export"}:  # both of two models are right on the way
-        seen |= set(others(job).values())
+    if job in TWICE:  # both of two models are right on the way
+        with tempfile.TemporaryDirectory() as name:
+            TWICE[job](Path(name), times=1)
+            seen |= set(digests(Path(name)).values())
     return Uninterrupted(found[0][0], frozenset(seen), found[1][1])
-
-
-def others(job: str) -> dict[str, str]:
-    """The file of the other model."""
-    from tests.faults.jobs import wide
-
-    with tempfile.TemporaryDirectory() as name:
-        for number in range(2):
-            if job == "save":
-                wide(number).save(Path(name) / f"whole.{number}")
-            else:
-                wide(number).to_onnx(Path(name) / f"whole.{number}")
-        return digests(Path(name))
 
 
 def trial(job: str, seed: int, whole: Uninterrupted) -> Trial:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make faults`: kill -9 at random moments of every long job, rerun, compare bytes.
 
-python -m tests.faults.run [--count 100] [--only JOB] [--fresh]. Trials are numbered and logged in
+python -m tests.faults.run [--count 120] [--only JOB] [--fresh]. Trials are numbered and logged in
 log.jsonl; those that are there are not repeated. Exits with 1 if one failed.
 """
 
@@ -49,7 +49,7 @@ def totals(lines: list[dict[str, Any]]) -> str:
 def main() -> int:
     """Command line; see the module docstring."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.run", description=__doc__)
-    parser.add_argument("--count", type=int, default=100, help="trials, dealt out to the jobs")
+    parser.add_argument("--count", type=int, default=120, help="trials, dealt out to the jobs")
     parser.add_argument("--only", default="", choices=["", *JOBS])
     parser.add_argument("--fresh", action="store_true", help="forget earlier trials")
     options = parser.parse_args()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import resource
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from tests.faults.killing import Uninterrupted, digests, temporaries, trial
 from tests.faults.run import totals
 
 ROOT = Path(__file__).parents[2]
+exporting = importlib.import_module("qgraph.backends.onnx.export")  # the package has it as a call
 
 
 @pytest.fixture
@@ -160,6 +163,46 @@ def test_a_killed_calibration_ends_as_an_uninterrupted_one(seed, tmp_path):
     found = trial("calibration", seed, whole)
     assert not found.failure
     assert found.killed
+
+
+def killed_at(step: int, path: Path) -> None:
+    """Export in a fork that is killed at a step: before a file is published, or tidying begins."""
+    child = os.fork()
+    if child == 0:
+        left = [step]
+
+        def stop(real: Callable[..., None]) -> Callable[..., None]:
+            def stopping(*args: object) -> None:
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left[0] -= 1
+                real(*args)
+
+            return stopping
+
+        for name in ("publish", "_remove_stale"):
+            setattr(exporting, name, stop(getattr(exporting, name)))
+        try:
+            exporting.export(wide(1).graph_module, path, external_data=True)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_a_graph_never_meets_the_tensors_of_another_export(step, tmp_path):
+    path, x = tmp_path / "whole.onnx", torch.randn(8, 8)
+    exporting.export(wide(0).graph_module, path, external_data=True)
+    old, new = (wide(number)(x) for number in range(2))
+    assert not torch.allclose(old, new, atol=0.1)
+    killed_at(step, path)
+    torch.testing.assert_close(qgraph.load(path)(x), new if step == 2 else old, atol=0.02, rtol=0)
+    info = exporting.export(wide(1).graph_module, path, external_data=True)
+    torch.testing.assert_close(qgraph.load(path)(x), new, atol=0.02, rtol=0)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert info.size == sum(part.stat().st_size for part in tmp_path.iterdir())
+    exporting.export(wide(1).graph_module, path, external_data=False)
+    assert [part.name for part in tmp_path.iterdir()] == ["whole.onnx"]
 
 
 def test_a_half_written_file_would_be_seen(tmp_path):
