@@ -143,6 +143,40 @@ def outputs(value):
     return change
 
 
+def inserts(target, *args, value=None):
+    """One call more, in front of the output."""
+    call = {"name": "more", "op": "call_function", "target": target, "args": args, "kwargs": {}}
+
+    def change(manifest, tensors):
+        manifest["graph"]["nodes"].insert(-1, {**call, "value": value})
+
+    return change
+
+
+def powers_of_powers(manifest, tensors):
+    size: object = next(iter(manifest["graph"]["symbols"]))
+    for _ in range(8):
+        size = ["**", size, 16]
+    node(manifest, "aten::linear.default")["value"] = {"dtype": "int8", "shape": [size]}
+
+
+def reshaped(where):
+    def change(manifest, tensors):
+        name = next(name for name in tensors if where in name)
+        tensors[name] = torch.stack([tensors[name]] * 2, -1)
+
+    return change
+
+
+def cast(where, dtype):
+    def change(manifest, tensors):
+        for name in tensors:
+            if where in name:
+                tensors[name] = tensors[name].to(dtype)
+
+    return change
+
+
 CODE = "x=__import__('os').system('touch hacked')"
 FORGERIES = {
     "unknown op": (calls("aten::nothing.default"), "unknown op"),
@@ -163,6 +197,7 @@ FORGERIES = {
     "code as an input name": (sets("placeholder", "target", f"x={CODE}"), "identifier"),
     "code as a tensor name": (sets("get_attr", "target", f"a;{CODE}"), "identifiers"),
     "code as an argument name": (arguments([f"self, a={CODE}"]), "identifier"),
+    "fewer argument names than inputs": (arguments([]), "given by place"),
     "keyword as an input name": (sets("placeholder", "target", "lambda"), "identifier"),
     "self as an input name": (sets("placeholder", "target", "self"), "identifier"),
     "dunder as a tensor name": (sets("get_attr", "target", "__class__.x"), "identifiers"),
@@ -202,6 +237,40 @@ FORGERIES = {
     "report": (lambda m, t: m.update(report={"pipeline": 3}), "malformed"),
     "sample": (lambda m, t: m.update(sample=[{"tensor": 99}]), "sample.99"),
     "no trace": (graph_key("trace", {}), "dynamic_batch"),
+    "trace of other types": (
+        lambda m, t: m["graph"]["trace"].update(dynamic_batch="yes"), "dynamic_batch",
+    ),
+    "powers of powers": (powers_of_powers, "larger than any tensor"),
+    "a huge power": (inserts("operator.pow", 7, 10**8), "exponent"),
+    "a huge product": (inserts("operator.mul", 2**60, 2**60), "larger than"),
+    "a repeated list": (inserts("operator.mul", [1], 10**10), "is called with"),
+    "a repeated tensor": (inserts("operator.mul", {"node": "linear"}, 10**10), "sizes"),
+    "billions of pieces": (
+        lambda m, t: [
+            inserts("aten::zeros.default", [2**33])(m, t),
+            m["graph"]["nodes"][-2].update(name="zeros"),
+            inserts("aten::unbind.int", {"node": "zeros"})(m, t),
+        ], "more than 4096 tensors",
+    ),
+    "a tensor of another shape": (reshaped("bias_codes"), "computes float32[5, 2]"),
+    "another shape than computed": (
+        sets("aten::linear.default", "value", {"dtype": "float32", "shape": [4, 5]}), "computes",
+    ),
+    "another dtype than computed": (
+        sets("qgraph::quantize.default", "value", {"dtype": "int8", "shape": [4, 6]}), "computes",
+    ),
+    "a sample of another shape": (reshaped("sample.0"), "sample inputs do not fit"),
+    "a sample of an unknown kind": (lambda m, t: m.update(sample=[{"slice": [1]}]), "given as"),
+    "scales in double": (cast("scale", torch.float64), "float64"),
+    "zero points in int64": (cast("zero_point", torch.int64), "int64"),
+    "codes in int64": (cast("weight_codes", torch.int64), "int64"),
+    "values nobody reads": (lambda m, t: m.update(hidden=1), "unknown"),
+    "node values nobody reads": (sets("get_attr", "hidden", 1), "unknown"),
+    "tensors nobody reads": (lambda m, t: t.update({"t.x": torch.ones(1)}), "unknown"),
+    "numbers for text in the report": (
+        lambda m, t: m["report"].update(notes=[8]), "report",
+    ),
+    "a list as text in the report": (lambda m, t: m["report"].update(pipeline=[]), "report"),
 }  # fmt: skip
 
 

@@ -18,6 +18,8 @@ from qgraph.artifact.damage import as_damage, damaged
 from qgraph.artifact.graph import decode_graph, encode_graph
 from qgraph.artifact.values import decode, encode
 from qgraph.atomic import write_file
+from qgraph.calibration.loader import Signature
+from qgraph.errors import CalibrationError
 from qgraph.graph.verify import Sample
 from qgraph.report.report import Report
 
@@ -88,12 +90,40 @@ def read(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Lo
         tensors = {n: t for n, t in content.tensors.items() if n.startswith("t.")}
         module = decode_graph(manifest["graph"], tensors, target)
         check_quantizers(module)
-        return Loaded(
-            graph_module=module,
-            report=Report.from_dict(manifest["report"]),
-            sample=_sample(manifest["sample"], content.tensors, module, target),
-            versions={"file": str(VERSION), "torch": str(manifest.get("torch"))},
-        )
+        sample = _sample(manifest["sample"], content.tensors, module, target)
+        report = _report(manifest["report"])
+        _check_entries(manifest, content.tensors)
+        versions = {"file": str(VERSION), "torch": str(manifest.get("torch"))}
+        return Loaded(module, report, sample, versions)
+
+
+def _check_entries(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Nothing may be in a file that no reader looks at."""
+    unknown = manifest.keys() - {"version", "torch", "graph", "sample", "report", "digests"}
+    unknown |= manifest["graph"].keys() - {"nodes", "symbols", "calling", "strides", "trace"}
+    stored = {f"t.{n['tensor']}" for n in manifest["graph"]["nodes"] if n["op"] == "get_attr"}
+    inputs = {f"sample.{i['tensor']}" for i in manifest["sample"] if "tensor" in i}
+    unknown |= tensors.keys() - stored - inputs
+    if unknown:
+        raise damaged(f"the file holds the unknown {sorted(unknown)[:3]}")
+
+
+def _report(data: dict[str, Any]) -> Report:
+    """Read the report; what it would write must be what was read, so that no value is another."""
+    report = Report.from_dict(data)
+    if not _covers(report.to_dict(), data):
+        raise damaged("the report holds values of other types than its own")
+    return report
+
+
+def _covers(written: Any, read: Any) -> bool:
+    """Whether all that was read is written again; what was missing may have a default."""
+    if isinstance(written, dict) and isinstance(read, dict):
+        return all(key in written and _covers(written[key], read[key]) for key in read)
+    if isinstance(written, list) and isinstance(read, list):
+        return len(written) == len(read) and all(map(_covers, written, read))
+    kinds = {float if type(value) is int else type(value) for value in (written, read)}
+    return len(kinds) == 1 and bool(written == read)
 
 
 def _sample(
@@ -103,11 +133,16 @@ def _sample(
     for item in inputs:
         ((kind, content),) = item.items()
         if kind == "tensor":
-            leaves.append(tensors[f"sample.{int(content)}"].to(device))
-        else:
+            leaves.append(tensors[f"sample.{content}"].to(device))
+        elif kind == "value":
             leaves.append(decode(content, {}, device))
+        else:
+            raise damaged(f"an input is given as {str(kind)[:80]!r}")
     info = getattr(module.graph._codegen, "pytree_info", None)
     if info is None:
-        return Sample(tuple(leaves), {})
-    args, kwargs = pytree.tree_unflatten(leaves, info.in_spec)
+        args, kwargs = tuple(leaves), {}
+    else:
+        args, kwargs = pytree.tree_unflatten(leaves, info.in_spec)
+    with as_damage("the sample inputs do not fit", CalibrationError):
+        Signature.of(module).check(args, kwargs, batch=0)
     return Sample(args, kwargs)

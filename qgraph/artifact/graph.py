@@ -10,14 +10,16 @@ from __future__ import annotations
 import keyword
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.fx.node import map_arg
 
 from qgraph.artifact import structure
+from qgraph.artifact.agreement import check_size, check_values, check_work
 from qgraph.artifact.damage import as_damage, damaged
 from qgraph.artifact.shapes import Shapes, Symbols
 from qgraph.artifact.targets import check_call, name_of, resolve
@@ -31,6 +33,9 @@ from qgraph.graph.trace_info import TraceInfo, set_trace_info, trace_info
 MAX_NODES = 1_000_000
 _IDENTIFIER = re.compile(r"(?!__)[A-Za-z_][A-Za-z0-9_]{0,255}")
 _PATH = re.compile(r"(?!.*__class__|.*__dict__)[A-Za-z0-9_]{1,256}(\.[A-Za-z0-9_]{1,256}){0,63}")
+_NODE_KEYS = frozenset({
+    "name", "op", "target", "args", "kwargs", "value", "tensor", "module", "line", "custom",
+})  # fmt: skip
 _FRAME = re.compile(r"(.*?):(\d+), in (.*?): (.*)", re.DOTALL)
 
 
@@ -148,7 +153,7 @@ class _Builder:
     ) -> None:
         self.device, self.root, self.graph = device, nn.Module(), Graph()
         self.nodes: dict[str, Node] = {}
-        self.values: list[tuple[Node, Any]] = []
+        self.undeclared: list[Node] = []
         self.shapes = Shapes(data["symbols"], device)
         orders = data["strides"]
         if orders.keys() - tensors.keys():
@@ -159,6 +164,8 @@ class _Builder:
         }
 
     def add(self, item: dict[str, Any]) -> None:
+        if item.keys() - _NODE_KEYS:
+            raise damaged(f"a node has the unknown entries {sorted(item.keys() - _NODE_KEYS)[:3]}")
         name, op, target = item["name"], item["op"], item["target"]
         if not isinstance(name, str) or not _IDENTIFIER.fullmatch(name) or name in self.nodes:
             raise damaged(f"node name {str(name)[:80]!r} is no identifier, or occurs twice")
@@ -231,7 +238,7 @@ class _Builder:
         if item["value"] is not None:
             node.meta["val"] = self.shapes.value(item["value"])
         elif node.op == "call_function":
-            self.values.append((node, item))
+            self.undeclared.append(node)
 
     def finish(self, data: dict[str, Any]) -> GraphModule:
         if not self.nodes or list(self.nodes.values())[-1].op != "output":
@@ -240,8 +247,12 @@ class _Builder:
             self.graph.set_codegen(_PyTreeCodeGen(_calling(data["calling"], self.graph)))
         module = GraphModule(self.root, self.graph)
         module.eval()
-        for node, _ in self.values:
+        for node in self.undeclared:
+            args = map_arg(node.args, lambda item: item.meta.get("val"))
+            check_work(cast("Callable[..., Any]", node.target), cast("tuple[Any, ...]", args))
             set_value(module, node)
+            check_size(node.meta["val"])
+        check_values(module)
         set_trace_info(module, _trace_info(data["trace"]))
         module.graph.lint()
         return module
@@ -278,6 +289,9 @@ def _calling(data: dict[str, Any], graph: Graph) -> _PyTreeInfo:
     count = sum(node.op == "placeholder" for node in graph.nodes)
     if inputs.num_leaves != count or inputs.num_children != 2:
         raise damaged(f"{inputs.num_leaves} inputs are declared, the graph has {count}")
+    positional = inputs.children()[0].num_children
+    if not any(name.startswith("*") for name in arguments) and positional > len(arguments):
+        raise damaged(f"{positional} inputs are given by place, {len(arguments)} have names")
     (results,) = next(reversed(graph.nodes)).args
     found = len(results) if isinstance(results, (list, tuple)) else 1
     if outputs.num_leaves != found:
@@ -286,9 +300,8 @@ def _calling(data: dict[str, Any], graph: Graph) -> _PyTreeInfo:
 
 
 def _trace_info(data: dict[str, Any]) -> TraceInfo:
-    return TraceInfo(
-        dynamic_batch=bool(data["dynamic_batch"]),
-        reason=str(data["reason"]),
-        input_names=tuple(map(str, data["input_names"])),
-        original_dtype=dtype_of(data["original_dtype"]),
-    )
+    dynamic, reason, names = data["dynamic_batch"], data["reason"], data["input_names"]
+    texts = isinstance(names, list) and all(isinstance(text, str) for text in [reason, *names])
+    if not isinstance(dynamic, bool) or not texts:
+        raise damaged("dynamic_batch is no truth value, or reason and input_names are no text")
+    return TraceInfo(dynamic, reason, tuple(names), dtype_of(data["original_dtype"]))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import operator
 import re
+from collections.abc import Callable
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -16,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._sympy.functions import CleanDiv, FloorDiv, Max, Min, Mod, PythonMod
 
+from qgraph.artifact.agreement import check_size
 from qgraph.artifact.damage import damaged
 from qgraph.artifact.values import dtype_of
 
@@ -123,7 +125,7 @@ class Shapes:
         operands = [self.size(item, depth + 1) for item in data[1:]]
         if data[0] == "**" and not (type(operands[1]) is int and 0 <= operands[1] <= 16):
             raise damaged(f"unreadable size {str(data)[:80]}")
-        return functools.reduce(_READ[data[0]], operands)
+        return functools.reduce(functools.partial(_combined, _READ[data[0]]), operands)
 
     def value(self, data: Any) -> Any:
         """Read what `Symbols` wrote, None excepted."""
@@ -148,3 +150,8 @@ class Shapes:
                 raise damaged(f"absurd shape {str(shape)[:80]}")
         with self.mode:
             return torch.empty(sizes, dtype=dtype, device=self._device)
+
+
+def _combined(operation: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
+    """One step of a size; powers of powers would take longer than the file is long."""
+    return check_size(operation(left, right))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload
+from torch.fx import Node
 
 import qgraph.graph.dialect  # registers the ops of the namespace qgraph
 from qgraph.artifact.damage import damaged
@@ -120,7 +121,8 @@ def check_call(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
         ArtifactError: they do not fit.
     """
     if not isinstance(target, OpOverload):
-        if kwargs or not 1 <= len(args) <= 3:
+        plain = all(isinstance(a, (Node, bool, int, float)) for a in args)
+        if kwargs or not 1 <= len(args) <= 3 or not plain:
             raise damaged(f"{target} is called with {len(args)} arguments and {sorted(kwargs)}")
         return
     names = [a.name for a in target._schema.arguments]

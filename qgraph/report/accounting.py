@@ -133,10 +133,13 @@ class Cost:
         """Read what `to_json` gave; counts that older versions did not write are 0.
 
         Raises:
-            KeyError: the data is something else.
+            KeyError, TypeError: the data is something else.
         """
-        late = {"macs": 0, "float_macs": 0}
-        return cls(**{f.name: ({**late, **data})[f.name] for f in fields(cls)})
+        given = {"macs": 0, "float_macs": 0, **data}
+        if any(type(value) not in {int, float} for value in given.values() if value is not None):
+            msg = f"the totals are no numbers: {given}"
+            raise TypeError(msg)
+        return cls(**{f.name: given[f.name] for f in fields(cls)})
 
     def __str__(self) -> str:
         lines = [

@@ -2,7 +2,8 @@
 """`make hostile`: flipped bits, truncations and forgeries of a saved model, counted.
 
 python -m tests.hostile.run [--flips 1000] [--bytes 3000] [--forged 3000]. Results of the last run
-are in log.json. Exits with 1 if anything but an ArtifactError came, or damage went unnoticed.
+are in log.json. Exits with 1 if anything but an ArtifactError came, damage went unnoticed, or a
+forgery that loads does not run, or not alike on both backends.
 """
 
 from __future__ import annotations
@@ -21,15 +22,18 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import qgraph
 from tests.hostile.mutations import damaged_bytes, forge
 
 LOG = Path(__file__).parent / "log.json"
 SLOW = 5.0  # seconds
+Answers = tuple[list[torch.Tensor], list[torch.Tensor]]
 ROOM = 16 << 20  # bytes of Python memory beside the file's
 
 
@@ -39,23 +43,28 @@ class Counts:
 
     Attributes:
         refused: with an ArtifactError.
-        loaded: without any error.
+        loaded: without any error; of those are
+        same: that answer as the original does: texts and figures of the report differ.
+        other: that answer otherwise, alike on both backends: other codes, scales, arguments.
         wrong: other errors, slow ones and hungry ones, in words.
     """
 
     refused: int = 0
     loaded: int = 0
+    same: int = 0
+    other: int = 0
     slowest: float = 0.0
     hungriest: int = 0
     wrong: list[str] = field(default_factory=list)
 
-    def load(self, path: Path, what: str) -> None:
+    def load(self, path: Path, what: str) -> qgraph.QuantizedModel | None:
         """Load a file and count what came."""
+        found = None
         held = tracemalloc.get_traced_memory()[0]
         tracemalloc.reset_peak()
         began = time.process_time()
         try:
-            qgraph.load(path)
+            found = qgraph.load(path)
             self.loaded += 1
         except qgraph.ArtifactError:
             self.refused += 1
@@ -67,6 +76,34 @@ class Counts:
             self.wrong.append(f"{what}: took {seconds:.1f} s")
         if peak > 2 * path.stat().st_size + ROOM:
             self.wrong.append(f"{what}: took {peak} bytes")
+        return found if isinstance(found, qgraph.QuantizedModel) else None
+
+    def call(self, forged: qgraph.QuantizedModel, whole: Answers, what: str) -> None:
+        """Run what was loaded; it may be another model, but must be one that works."""
+        try:
+            found = answers(forged)
+        except Exception as error:  # noqa: BLE001  it should not have been loaded
+            self.wrong.append(f"{what}: loads, but does not run: {type(error).__name__}: {error}")
+            return
+        if not equal(found[0], found[1]):
+            self.wrong.append(f"{what}: the backends answer differently")
+        alike = equal(found[0], whole[0])
+        self.same, self.other = self.same + alike, self.other + (not alike)
+
+
+def answers(model: qgraph.QuantizedModel) -> Answers:
+    """Of both backends, on the same inputs; bare tensors, whatever they come in."""
+    inputs = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    reference, integer = (
+        pytree.tree_leaves(model.lower(backend)(inputs)) for backend in ("reference", "integer")
+    )
+    return reference, integer
+
+
+def equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    """Bit for bit, NaN equal to itself."""
+    pairs = list(zip(first, second, strict=True))
+    return all(torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0)) for a, b in pairs)
 
 
 def saved(folder: Path) -> Path:
@@ -105,9 +142,12 @@ def measure(whole: Path, flips: int, random_bytes: int, forged: int) -> dict[str
             counts.load(path, what)
         if counts.loaded:  # every byte is covered by a digest
             counts.wrong.append(f"{counts.loaded} damaged files were loaded")
+    right = answers(cast("qgraph.QuantizedModel", qgraph.load(whole)))
     for number in range(forged):
-        what = forge(whole, path, number)
-        found["forgeries"].load(path, f"forgery {number} ({what})")
+        what = f"forgery {number} ({forge(whole, path, number)})"
+        model = found["forgeries"].load(path, what)
+        if model is not None:
+            found["forgeries"].call(model, right, what)
     return found
 
 
@@ -132,7 +172,8 @@ def main() -> int:
     for name, counts in found.items():
         tried = counts.refused + counts.loaded
         print(
-            f"{name}: {tried} tried, {counts.refused} refused, {counts.loaded} harmless, slowest"
+            f"{name}: {tried} tried, {counts.refused} refused, {counts.loaded} loaded"
+            f" ({counts.same} answer as the original, {counts.other} otherwise), slowest"
             f" {counts.slowest:.2f} s, most memory {counts.hungriest >> 10} KiB,"
             f" {len(counts.wrong)} wrong"
         )
