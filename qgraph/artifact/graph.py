@@ -75,8 +75,13 @@ def encode_graph(module: GraphModule) -> tuple[dict[str, Any], dict[str, Tensor]
 def _tensors(
     module: GraphModule,
 ) -> tuple[dict[str, tuple[Tensor, list[int]]], dict[str, str]]:
-    """Stored tensors with their order of strides, and the storage name of each target."""
+    """Stored tensors with their order of strides, and the storage name of each target.
+
+    A tensor of several names is stored under the first that the graph reads: the order in which
+    a module came by its buffers is not in the file.
+    """
     keys, stored, names = weight_keys(module), {}, {}
+    first: dict[str, str] = {}
     for node in module.graph.nodes:
         if node.op != "get_attr":
             continue
@@ -85,7 +90,7 @@ def _tensors(
         if not isinstance(tensor, Tensor) or not _PATH.fullmatch(target):
             msg = f"{node.name} reads {target!r}, which is no tensor that can be saved"
             raise ExportError(msg)
-        names[target] = keys.get(target, target)
+        names[target] = first.setdefault(keys.get(target, target), target)
         if names[target] not in stored:
             stored[names[target]] = _dense(tensor.detach())
     return {f"t.{name}": value for name, value in stored.items()}, names
