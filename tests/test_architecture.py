@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
 from pathlib import Path
 
@@ -90,6 +91,22 @@ def test_imports_point_one_way():
         if name.split(".")[0] == "qgraph" and layer(name) > layer(module_name(path))
     ]
     assert not wrong
+
+
+def test_nothing_imports_what_stands_below_it_on_the_page():
+    page = (ROOT / "docs/architecture.md").read_text()
+    listed = re.findall(r"^    ((?:qgraph/|passes/|backends/)\S*)", page, re.MULTILINE)
+    names = [room.removesuffix(".py").strip("/").replace("/", ".") for room in listed]
+    rooms = [name if name.startswith("qgraph") else f"qgraph.{name}" for name in names]
+
+    def place(name: str) -> int | None:
+        above = (i for i, room in enumerate(rooms) if f"{name}.".startswith(f"{room}."))
+        return next(above, None)
+
+    for path in sources():
+        own = place(module_name(path))
+        assert own is not None or module_name(path) in {"qgraph", "qgraph.__main__"}
+        assert not [n for n in imported(path) if own is not None and (place(n) or 0) > own], path
 
 
 def test_passes_do_not_know_backends_and_backends_do_not_know_passes():

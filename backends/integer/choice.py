@@ -26,7 +26,6 @@ from qgraph.backends.integer.kernels import (
 )
 from qgraph.backends.integer.planes import wide_product
 from qgraph.backends.integer.values import Coded, KernelChoice
-from qgraph.backends.levels import Levels
 from qgraph.backends.products import ProductForm, contraction_axis_of_weight, shifted_weight
 from qgraph.formats import AffineEncoding
 from qgraph.formats.base import along
@@ -345,9 +344,3 @@ def group_choices(emitter: Emitter, form: ProductForm) -> list[KernelChoice]:
         choice = None if why != "grouped" else _u8(emitter, form, data, weight)
         choices.append(choice or _static_float(emitter, form, data, weight, why))
     return choices
-
-
-def levels_bits(levels: Levels) -> int:
-    """Bits that a level needs, sign included."""
-    low, high = levels.range()
-    return max(abs(low), abs(high)).bit_length() + int(low < 0)

@@ -19,7 +19,6 @@ from qgraph.errors import ConfigError
 
 LOW_EXPONENT, HIGH_EXPONENT = -24, 24  # bins cover 2^-24 <= |x| < 2^24
 BIAS = 127  # of the fp32 exponent
-OCTAVES = HIGH_EXPONENT - LOW_EXPONENT
 HOST = torch.device("cpu")  # cached borders must not follow a default device
 EXPONENTS = 256
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from qgraph.errors import PassError
 
 aten = torch.ops.aten
-_SIZES = frozenset({aten.sym_size.int, aten.sym_numel.default, operator.getitem})
 
 
 def is_tensor(node: Node) -> bool:

@@ -32,4 +32,3 @@ class Key(Generic[T]):
 
 
 CREATED_BY: Key[str] = Key("created_by", owner="qgraph.pipeline")
-CREATED_FROM: Key[list[object]] = Key("created_from", owner="qgraph.pipeline")

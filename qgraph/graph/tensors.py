@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qgraph.errors import PassError
-from qgraph.graph.build import add_buffer, attribute
+from qgraph.graph.build import attribute
 
 _Identity = tuple[object, ...]
 
@@ -39,11 +39,6 @@ def stored_operand(module: GraphModule, node: Node, position: int) -> Tensor:
         return get_attr_tensor(module, source)
     msg = f"argument {position} of {node.name} is {source!r}, no stored tensor"
     raise PassError(msg, node=node.name)
-
-
-def set_attr_tensor(module: GraphModule, name_hint: str, tensor: Tensor) -> str:
-    """Register a fresh buffer and return its target; no existing tensor is written."""
-    return add_buffer(module, name_hint, tensor)
 
 
 def _identity(name: str, tensor: Tensor) -> _Identity:

@@ -60,11 +60,6 @@ class SampleImage:
 _BASE64 = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=")
 
 
-def is_segmentation(module: GraphModule) -> bool:
-    """Whether an input is an image and an output a map of the same proportions; by metadata."""
-    return next(_pairs(module), None) is not None
-
-
 def sample_images(
     reference: GraphModule, quantized: GraphModule, sample: Sample
 ) -> tuple[SampleImage, ...]:

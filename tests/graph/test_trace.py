@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from qgraph.graph.build import add_buffer
 from qgraph.graph.provenance import call_index, module_path, source_line
-from qgraph.graph.tensors import get_attr_tensor, set_attr_tensor, weight_key, weight_keys
+from qgraph.graph.tensors import get_attr_tensor, weight_key, weight_keys
 from qgraph.graph.trace import TraceInfo, trace, trace_info
 
 
@@ -255,8 +256,8 @@ def test_tied_weights_have_one_key():
 
 def test_buffers_are_added_under_fresh_names_and_read_back():
     module = trace(nn.Linear(4, 3).eval(), torch.randn(2, 4))
-    first = set_attr_tensor(module, "layer.weight", torch.zeros(2))
-    second = set_attr_tensor(module, "layer.weight", torch.ones(2))
+    first = add_buffer(module, "layer.weight", torch.zeros(2))
+    second = add_buffer(module, "layer.weight", torch.ones(2))
     assert first != second
     assert {first, second} <= set(weight_keys(module).values())
     weight = next(n for n in module.graph.nodes if n.op == "get_attr")
