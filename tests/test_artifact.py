@@ -158,6 +158,23 @@ def test_channels_last_weights_keep_their_memory_layout(tmp_path):
     assert equal(quantized.lower("reference")(*inputs), loaded.lower("reference")(*inputs))
 
 
+class Rows(nn.Module):
+    """A view that only inputs with channels last allow."""
+
+    def forward(self, x):
+        return x.permute(0, 2, 3, 1).view(x.shape[0], -1) * 2
+
+
+def test_views_that_need_a_memory_layout_of_the_inputs_come_back(tmp_path):
+    x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    module = qgraph.trace(Rows().eval(), x)
+    sample = Sample((x,))
+    QuantizedModel(module, Report("float", (), (), ()), sample).save(tmp_path / "m.qgraph")
+    loaded = qgraph.load(tmp_path / "m.qgraph")
+    assert isinstance(loaded, QuantizedModel)
+    assert torch.equal(loaded.lower("reference")(x), Rows()(x))
+
+
 @dataclass
 class Result:
     logits: torch.Tensor

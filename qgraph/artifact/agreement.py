@@ -27,6 +27,11 @@ from qgraph.graph.dialect import result_dtype
 
 MAX_SIZE = 1 << 62  # of anything that sizes are computed from
 MAX_PIECES = 4096
+# How inputs lie in memory is not in the file; a view that does not fit it is an error of the call.
+_ANY_LAYOUT: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.view.default: torch.ops.aten.reshape.default,
+    torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
+}
 _NUMBERS = (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 _DEPENDS_ON_DATA = (
     DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException,
@@ -122,6 +127,7 @@ def _computed(node: Node, known: dict[Node, Any], mode: FakeTensorMode) -> Any:
             return torch.empty(source.shape, dtype=dtype, device=source.device)
     if isinstance(target, OpOverload) and _gives_list(target):
         return None
+    target = _ANY_LAYOUT.get(target, target)
     args = cast("tuple[Any, ...]", map_arg(node.args, known.__getitem__))
     kwargs = cast("dict[str, Any]", map_arg(node.kwargs, known.__getitem__))
     check_work(target, args)

@@ -36,7 +36,7 @@ class Generated(NamedTuple):
         rule: which rule made it.
         line: number of its line.
         old, new: that line before and after.
-        tests: files of tests, most likely ones first.
+        tests: files of tests, most likely ones first; a coverage file tells more.
     """
 
     change: Change
@@ -44,7 +44,7 @@ class Generated(NamedTuple):
     line: int
     old: str
     new: str
-    tests: str
+    tests: tuple[str, ...]
 
 
 class _Places(ast.NodeVisitor):
@@ -154,7 +154,7 @@ def _sources_of_tests() -> dict[str, str]:
 
 
 @functools.cache
-def tests_of(file: str) -> str:
+def tests_of(file: str) -> tuple[str, ...]:
     """Tests named like the file, then those that import it, then those of the whole room."""
     stem, name = Path(file).stem, module_name(file)
     room = "backends" if file.startswith("backends") else Path(file).parent.name
@@ -170,7 +170,7 @@ def tests_of(file: str) -> str:
     chosen = [*named, *importing, *near]
     if not named and len(chosen) < MOST_TESTS:
         chosen.append("tests/test_compile.py")
-    return " ".join(list(dict.fromkeys(chosen))[:MOST_TESTS])
+    return tuple(dict.fromkeys(chosen))[:MOST_TESTS]
 
 
 Place = tuple[str, int, int, str, str]  # file, start, end, new text, rule

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -67,7 +67,7 @@ def copy_of_the_repository() -> Iterator[Path]:
         yield copy
 
 
-def run(change: Change | None, tests: str, copy: Path, seconds: float) -> Verdict:
+def run(change: Change | None, tests: Sequence[str], copy: Path, seconds: float) -> Verdict:
     """Run tests on the copy with the change in it; the copy is whole again afterwards.
 
     `seconds` are of processor time, so that a busy machine makes no survivors.
@@ -83,7 +83,7 @@ def run(change: Change | None, tests: str, copy: Path, seconds: float) -> Verdic
         target.write_text(whole)
 
 
-def _forked(tests: str, copy: Path, seconds: float) -> Verdict:
+def _forked(tests: Sequence[str], copy: Path, seconds: float) -> Verdict:
     began = time.monotonic()
     log = copy / "out.txt"
     child = os.fork()
@@ -110,7 +110,7 @@ def _forked(tests: str, copy: Path, seconds: float) -> Verdict:
     return Verdict(why, taken, output)
 
 
-def _test(tests: str, copy: Path, log: Path, seconds: int) -> None:
+def _test(tests: Sequence[str], copy: Path, log: Path, seconds: int) -> None:
     """In the child: leave through `os._exit` only."""
     code = 70
     try:
@@ -132,7 +132,7 @@ def _test(tests: str, copy: Path, log: Path, seconds: int) -> None:
         code = pytest.main(
             ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist",
              "-W", "ignore::pytest.PytestAssertRewriteWarning",
-             "-m", "not slow and not cuda", *tests.split()]
+             "-m", "not slow and not cuda", *tests]
         )  # fmt: skip
     except BaseException:  # noqa: BLE001  whatever it was, this process must not go on as a parent
         traceback.print_exc()

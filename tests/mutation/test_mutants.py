@@ -33,14 +33,14 @@ def test_every_rule_finds_places_and_leaves_python_behind():
         start, end = each.change.start, each.change.end
         ast.parse(text[:start] + each.change.new + text[end:])
         assert each.old != each.new
-        assert each.tests.split()[0] == "tests/formats/test_affine.py"
+        assert each.tests[0] == "tests/formats/test_affine.py"
 
 
 def test_a_sample_is_the_same_again_and_a_larger_one_begins_with_it():
     few = sample(5, 1)
     assert few == sample(9, 1)[:5]
     assert few != sample(5, 2)
-    assert all((ROOT / path).exists() for each in few for path in each.tests.split())
+    assert all((ROOT / path).exists() for each in few for path in each.tests)
 
 
 def test_explanations_are_of_bugs_and_say_why():
