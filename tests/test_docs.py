@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 import subprocess
@@ -84,6 +85,22 @@ def test_files_that_pages_name_exist():
         for path in name.findall(page.read_text()):
             written_by_a_command = path.startswith("benchmarks/results/")
             assert written_by_a_command or (ROOT / path).exists(), f"{page.name}: {path}"
+
+
+ROOMS = (
+    "qgraph", "qgraph.passes", "qgraph.formats", "qgraph.report", "qgraph.testing",
+    "qgraph.backends.integer", "qgraph.backends.onnx",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_public_name_is_in_the_reference(room):
+    listed = set(re.findall(r"^::: (\S+)", (ROOT / "docs/reference.md").read_text(), re.M))
+    package = importlib.import_module(room)
+    for name in package.__all__:
+        home = getattr(getattr(package, name), "__module__", None)
+        if isinstance(home, str) and home.startswith("qgraph.") and home != room:
+            assert {home, f"{home}.{name}", f"{room}.{name}"} & listed, name
 
 
 @pytest.mark.slow
