@@ -113,13 +113,14 @@ def log_affine(
     Args:
         parameters: of C channels.
         step: s of the shift decoder, fp32 [C]: see `shift_steps`.
-        top: the largest integer level; default 127 up to 5 bits (an int8 operand), else 2^15 - 1.
+        top: the largest integer level, before levels that coincide are pushed apart; default 127 up
+            to 5 bits (an int8 operand), else 2^15 - 1.
         axis: channel axis; None: one table for the tensor, C is 1.
 
     Integer levels that coincide are pushed apart by one, away from the centre.
 
     Raises:
-        ConfigError: several channels without an axis, a missing step, or no room below `top`.
+        ConfigError: several channels without an axis, or a missing step.
     """
     if axis is None and parameters.slope.shape[0] != 1:
         msg = f"log affine: {parameters.slope.shape[0]} channels need an axis"
@@ -136,7 +137,7 @@ def log_affine(
         reach = parameters.distances()
         ends = reach[..., -1] + parameters.centre.abs()[:, None]
         unit = ends.amax(1) / top
-    levels, borders = _table(parameters, reach, unit, top)
+    levels, borders = _table(parameters, reach, unit)
     if axis is None:
         unit, levels, borders = unit[0], levels[0], borders[0]
     return LevelEncoding(
@@ -145,7 +146,7 @@ def log_affine(
     )  # fmt: skip
 
 
-def _table(parameters: LogAffine, reach: Tensor, unit: Tensor, top: int) -> tuple[Tensor, Tensor]:
+def _table(parameters: LogAffine, reach: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
     """Integer levels int32 [C, L] and thresholds fp32 [C, L-1], in units."""
     middle = torch.round(parameters.centre / unit)
     first = int(parameters.reserve_zero)
@@ -159,9 +160,6 @@ def _table(parameters: LogAffine, reach: Tensor, unit: Tensor, top: int) -> tupl
     above = middle[:, None] + away[:, 1]
     zero = [middle[:, None]] if parameters.reserve_zero else []
     levels = torch.cat([below, *zero, above], -1)
-    if float(levels.abs().max()) > max(top, 1 << (parameters.count - 1)) + parameters.count:
-        msg = f"log affine: {parameters.count} levels per side do not fit below {top}"
-        raise ConfigError(msg)
     cuts = parameters.borders() / unit[:, None, None]
     centre = (parameters.centre / unit)[:, None]
     inner = [] if parameters.reserve_zero else [centre]

@@ -183,3 +183,20 @@ def test_narrow_grids_leave_out_the_lowest_code():
 )  # fmt: skip
 def test_codes_take_the_narrowest_type_that_holds_them(qmin, qmax, dtype):
     assert code_dtype(qmin, qmax) is dtype
+
+
+def test_what_an_encoding_says_of_itself():
+    plain = AffineEncoding.per_tensor(0.5, 3, IntGrid(4, signed=False))
+    assert (plain.bits, plain.is_symmetric, plain.describe()) == (4, False, "uint4 per tensor")
+    assert plain.to("cpu").table().tolist() == [c - 3 for c in range(16)]
+    zero = torch.zeros(2, 3, dtype=torch.int32)
+    blocked = AffineEncoding(
+        scale=torch.rand(2, 3) + 0.1, zero_point=zero, qmin=-8, qmax=7, axis=1, block=4
+    )
+    assert (blocked.is_symmetric, blocked.describe()) == (True, "int4 per block of 4")
+    codes = torch.randint(-8, 8, (2, 12))
+    assert torch.equal(blocked.level(codes), codes.to(torch.int32))
+    with pytest.raises(ConfigError, match="block=4 needs an axis"):
+        AffineEncoding(
+            scale=torch.rand(3) + 0.1, zero_point=zero[0], qmin=-8, qmax=7, block=4
+        ).encode(torch.randn(2, 12))

@@ -243,3 +243,37 @@ def test_a_centre_moves_all_levels() -> None:
     plain = log_affine_encoding(weight, 4)
     moved = (encoding.fake(weight) - weight).square().sum()
     assert float(moved) < 0.3 * float((plain.fake(weight) - weight).square().sum())
+
+
+def one_channel(**changed: object) -> LogAffine:
+    """Plain parameters with some of them replaced."""
+    whole: dict[str, object] = {
+        "bits": 4, "slope": torch.ones(1, 2), "offset": torch.full((1, 2), 5.0),
+        "centre": torch.zeros(1), **changed,
+    }  # fmt: skip
+    return LogAffine(**whole)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"decoder": "shit"}, "did you mean 'shift'"),
+        ({"offset": torch.full((1, 2), float("nan"))}, "offset is not finite"),
+        ({"slope": torch.tensor([[1.0, 0.0]])}, "slope must be positive, got 0"),
+        ({"bits": 2, "reserve_zero": True}, "use 3 or more"),
+        ({"decoder": "shift", "centre": torch.ones(1)}, "centre 0"),
+        ({"decoder": "shift", "bits": 5}, "at most 4 bits"),
+    ],
+)
+def test_numbers_that_make_no_format_are_refused(changed: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        one_channel(**changed)
+
+
+def test_tables_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ConfigError, match="2 channels need an axis"):
+        log_affine(numbers(0, 4), axis=None)
+    with pytest.raises(ConfigError, match="needs a step"):
+        log_affine(one_channel(decoder="shift"))
+    with pytest.raises(ConfigError, match="no log-affine format"):
+        parameters_of(replace(log_affine(one_channel()), name="another"))
