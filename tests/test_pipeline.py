@@ -181,6 +181,13 @@ def test_a_difference_within_the_tolerance_is_accepted():
     assert steps[0].max_abs <= ScaleSilently.tolerance
 
 
+def test_a_slightly_broken_promise_is_not_taken_for_rounding():
+    for times in (3, 30):  # near enough to be repeated in float64, where it does not go away
+        factor = 1 + times * ScaleSilently.tolerance
+        with pytest.raises(VerificationError, match="scale-silently promises"):
+            run(ScaleSilently(factor))
+
+
 class Steep(nn.Module):
     """Amplifies the last bit of float32 a thousand times."""
 

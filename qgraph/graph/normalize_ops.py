@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -73,6 +73,8 @@ def recompose_norms(module: GraphModule) -> bool:
         _replace(module, first, new)
         module.graph.erase_node(node)
         changed = True
+    if changed:
+        drop_dead_code(module)  # sizes that nothing reads any more
     return changed
 
 
@@ -136,13 +138,16 @@ def recompose_products(module: GraphModule) -> bool:
 
 
 def _product(module: GraphModule, node: Node, known: set[Node]) -> Node | None:
-    left, right = node.args[0], node.args[1]
-    assert isinstance(left, Node), "operands of a product are tensors"
-    assert isinstance(right, Node), "operands of a product are tensors"
-    linear = _as_linear(module, node, (left, right), None, known)
-    if linear is not None or node.target is aten.matmul.default:
-        return linear
-    return insert_call(module, aten.matmul.default, left, right, like=node, before=node)
+    pair: Any = node.args[:2]
+    if node.target is aten.matmul.default:
+        return _as_linear(module, node, pair, None, known)
+    return _matmul(module, node, pair, known)
+
+
+def _matmul(module: GraphModule, node: Node, pair: Any, known: set[Node]) -> Node:
+    """A linear where the right operand is a constant matrix, else a matmul."""
+    linear = _as_linear(module, node, pair, None, known)
+    return linear or insert_call(module, aten.matmul.default, *pair, like=node, before=node)
 
 
 def _as_linear(
@@ -167,38 +172,38 @@ def _transposed_source(node: Node) -> Node | None:
 
 
 def _addmm(module: GraphModule, node: Node, known: set[Node]) -> Node:
-    bias, left, right = node.args[0], node.args[1], node.args[2]
-    assert isinstance(bias, Node), "addmm takes tensors"
-    assert isinstance(left, Node), "addmm takes tensors"
-    assert isinstance(right, Node), "addmm takes tensors"
+    bias, left, right = cast("list[Node]", node.args)
     plain = node.kwargs.get("beta", 1) == 1 and node.kwargs.get("alpha", 1) == 1
     if plain and rank_of(bias) == 1 and bias in known and _same_width(bias, right):
         linear = _as_linear(module, node, (left, right), bias, known)
         if linear is not None:
             return linear
-    return _add_product(module, node)
+    return _add_product(module, node, known)
 
 
 def _same_width(bias: Node, right: Node) -> bool:
     return bool(bias.meta["val"].shape[0] == right.meta["val"].shape[1])
 
 
-def _add_product(module: GraphModule, node: Node, _known: set[Node] | None = None) -> Node:
+def _add_product(module: GraphModule, node: Node, known: set[Node]) -> Node:
     """`beta * input + alpha * (a @ b)` of addmm and baddbmm, with factors of 1 left out."""
-    summand, left, right = node.args[0], node.args[1], node.args[2]
-    product: Any = insert_call(module, aten.matmul.default, left, right, like=node, before=node)
-    product = _scaled(module, node, product, node.kwargs.get("alpha", 1))
-    summand = _scaled(module, node, summand, node.kwargs.get("beta", 1))
-    if summand is None:
-        return product  # type: ignore[no-any-return]
+    summand: Any = node.args[0]
+    product = _scaled(
+        module,
+        node,
+        _matmul(module, node, (node.args[1], node.args[2]), known),
+        node.kwargs.get("alpha", 1),
+    )
+    beta = node.kwargs.get("beta", 1)
+    if beta == 0:  # then the input is not even read
+        return product
+    summand = _scaled(module, node, summand, beta)
     return insert_call(module, aten.add.Tensor, summand, product, like=node, before=node)
 
 
-def _scaled(module: GraphModule, like: Node, value: Any, factor: Any) -> Any:
+def _scaled(module: GraphModule, like: Node, value: Node, factor: Any) -> Node:
     if factor == 1:
         return value
-    if factor == 0:
-        return None
     return insert_call(module, aten.mul.Tensor, value, factor, like=like, before=like)
 
 

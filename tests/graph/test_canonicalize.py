@@ -119,6 +119,15 @@ def test_a_large_expansion_of_little_is_not_folded():
          [(2, 6, 7)], Counter(conv1d=1)),
         (lambda s, x: torch.convolution(x, s.weight[..., None], None, [2], [0], [1], True, [1], 2),
          [(2, 4, 7)], Counter(conv_transpose1d=1)),
+        (lambda _, x: torch.t(x), [(2, 3)], Counter(transpose=1)),
+        (lambda _, x: torch.native_group_norm(x, None, None, x.shape[0], 4, 5, 2, 0.1)[0],
+         [(2, 4, 5)], Counter(group_norm=1)),
+        (lambda _, x, y, z: torch.baddbmm(z, x, y, beta=0), [(2, 3, 4), (2, 4, 5), (2, 3, 5)],
+         Counter(matmul=1)),
+        (lambda s, x, y: torch.addmm(x, y, s.weight[:3].T), [(2, 3), (2, 6)],
+         Counter(linear=1, add=1)),
+        (lambda s, x: torch.addmm(s.weight[0], x, s.weight[:3].T @ s.weight[:3], alpha=3), [(2, 6)],
+         Counter(linear=1, mul=1, add=1)),
     ],
 )  # fmt: skip
 def test_every_op_has_one_spelling(function, shapes, expected):

@@ -148,6 +148,22 @@ def test_a_partly_fixed_batch_is_static_too():
     assert not trace_info(trace(Lengths().eval(), *inputs)).dynamic_batch
 
 
+class DeepInputs(nn.Module):
+    def forward(self, named, pair, scale):
+        return named["a"] @ pair[0].transpose(0, 1) + pair[1] * scale
+
+
+def test_explicit_dynamic_shapes_reach_into_dictionaries_and_tuples():
+    shapes = ({"a": {0: Dim.AUTO, 1: Dim.STATIC}}, ((None, None), (Dim.AUTO, None)), None)
+    args = ({"a": torch.randn(1, 4)}, (torch.randn(3, 4), torch.randn(1, 3)), 2.0)
+    module = trace(DeepInputs().eval(), *args, dynamic_shapes=shapes)
+    args = ({"a": torch.randn(5, 4)}, (torch.randn(3, 4), torch.randn(5, 3)), 2.0)
+    assert torch.equal(module(*args), DeepInputs()(*args))
+    by_name = dict(zip(("named", "pair", "scale"), shapes, strict=True))
+    again = trace(DeepInputs().eval(), *args, dynamic_shapes=by_name)
+    assert torch.equal(again(*args), DeepInputs()(*args))
+
+
 def test_explicit_dynamic_shapes_double_what_has_size_one():
     module = trace(
         nn.Linear(4, 3).eval(),
