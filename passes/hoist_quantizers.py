@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from qgraph.context import Context
 from qgraph.formats import AffineEncoding
-from qgraph.graph.build import insert_call
+from qgraph.graph.build import insert_call, insert_move
 from qgraph.graph.dialect import QUANTIZE, encoding_of, is_quantize
 from qgraph.graph.edges import Edge
 from qgraph.pipeline import Fact, Pass, Promise
@@ -71,14 +71,11 @@ class HoistQuantizers(Pass):
         """``move -> quantize`` becomes ``quantize -> move``; returns the new quantize node."""
         value = move.args[0]
         assert isinstance(value, Node)
-        assert callable(move.target)
         twin = next((u for u in value.users if _same_quantizer(u, node)), None)
         if twin is None:
             twin = insert_call(module, QUANTIZE, value, *node.args[1:], like=node, before=move)
             _pull_up(node, twin)
-        moved = insert_call(
-            module, move.target, twin, *move.args[1:], like=move, before=node, **move.kwargs
-        )
+        moved = insert_move(module, move, twin, before=node)
         node.replace_all_uses_with(moved)
         module.graph.erase_node(node)
         return twin

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 from torch.fx import GraphModule
 
 from qgraph.errors import ConfigError, PassError, QGraphError, unknown_name
+from qgraph.graph.build import compile_when_called
 from qgraph.graph.metadata import CREATED_BY
 from qgraph.graph.verify import Claim, Verifier, check_order
 
@@ -236,13 +237,14 @@ def run_pipeline(
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         max_abs = verifier.after(item.claim(), module, changed=changed)
         if changed:
-            module.recompile()  # once per pass: code is a fifth of the cost of a big graph
+            compile_when_called(module)  # code is a fifth of the cost of a big graph
         context.facts = (context.facts - item.invalidates) | item.establishes
         size = len(module.graph.nodes)
         steps.append(Step(item.name, changed, seconds, cpu_seconds, max_abs, size))
         LOGGER.debug("%s: changed=%s in %.2f s", item.name, changed, seconds)
         if watch is not None:
             watch(item, module, steps[-1])
+    module.recompile()
     return steps
 
 

@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from qgraph.calibration.statistics import Observation, Statistic, count_indices
+from qgraph.calibration.statistics import Observation, Statistic, count_indices, scratch
 from qgraph.errors import ConfigError
 
 LOW_EXPONENT, HIGH_EXPONENT = -24, 24  # bins cover 2^-24 <= |x| < 2^24
@@ -81,7 +81,9 @@ class Histogram(Statistic):
         size = 2 * EXPONENTS * self.bins_per_octave
         shift = 24 - self.bins_per_octave.bit_length()
         # the sign bit lands on top, so masking turns negative numbers into the second half
-        index = (values.view(torch.int32) >> shift).bitwise_and_(size - 1)
+        raw = values.view(torch.int32)
+        room = scratch(tuple(raw.shape), raw.dtype) if seen.on_host else torch.empty_like(raw)
+        index = torch.bitwise_right_shift(raw, shift, out=room).bitwise_and_(size - 1)
         if keep is not None:
             index = torch.where(keep, index, size)
         table = count_indices(index, size + (keep is not None))[:size]

@@ -7,6 +7,8 @@ large weights. So the loss here is the squared error of the layer's output over 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -27,10 +29,16 @@ def sketch(weight: Tensor, projections: int, seed: int = 0) -> Tensor:
     """
     if projections >= weight.shape[0]:
         return weight
-    generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (projections, weight.shape[0]), generator=generator) * 2 - 1
-    mixed: Tensor = (signs.to(weight) @ weight) / projections**0.5
+    signs = _signs(projections, weight.shape[0], seed).to(weight)
+    mixed: Tensor = (signs @ weight) / projections**0.5
     return mixed
+
+
+@functools.lru_cache(maxsize=16)
+def _signs(projections: int, outputs: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    size = (projections, outputs)
+    return (torch.randint(0, 2, size, generator=generator, device="cpu") * 2 - 1).to(torch.int8)
 
 
 def row_importance(rows: Tensor, weight: Tensor, power: float) -> Tensor:

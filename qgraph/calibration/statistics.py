@@ -9,6 +9,7 @@ intermediate results (extrema, sampled values) are computed once per tensor by `
 from __future__ import annotations
 
 import math
+import threading
 from abc import ABC, abstractmethod
 from typing import ClassVar, NamedTuple, Self
 
@@ -128,7 +129,9 @@ class Observation:
         if self.on_host and weight is None:
             low, high = x.amin(dims), x.amax(dims)
             # an end that is NaN or infinite makes this sum so; torch.isfinite costs four reads
-            if math.isfinite(float(low.sum())) and math.isfinite(float(high.sum())):
+            if math.isfinite((low.sum() if axes else low).item()) and math.isfinite(
+                (high.sum() if axes else high).item()
+            ):
                 return Extrema(low, high, x.numel(), 0)
         finite = torch.isfinite(x)
         counted = torch.ones_like(finite) if weight is None else weight.unsqueeze(-1)
@@ -161,7 +164,10 @@ class Observation:
         return Sample(values, self.mask.flatten(1)[:, tokens])
 
     def vectors(self, axis: Axes, count: int) -> Sample:
-        """Vectors [B, n, C] along `axis`, at n <= `count` fixed positions of each sample."""
+        """Vectors [B, n, C] along `axis`, at n <= `count` fixed positions of each sample.
+
+        Valid until the next call: they may lie in a buffer that all tensors share.
+        """
         axes = channel_axes(axis, self.x.ndim)
         y = self.x.movedim(axes, tuple(range(-len(axes), 0)))
         inner = tuple(y.shape[1 : -len(axes)])
@@ -171,7 +177,25 @@ class Observation:
         flat, index = spread_indices(inner, count, y.device)
         use_mask = self.mask is not None and axes == (self.x.ndim - 1,)
         keep = self.mask.flatten(1)[:, flat] if use_mask and self.mask is not None else None
-        return Sample(self.at(y, index).flatten(2), keep)
+        if len(index) > 1 or not self.on_host:
+            return Sample(self.at(y, index).flatten(2), keep)
+        room = scratch((y.shape[0], len(flat), *y.shape[2:]), y.dtype)
+        return Sample(torch.index_select(y, 1, index[0], out=room).flatten(2), keep)
+
+
+_ROOM = threading.local()
+
+
+def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised CPU tensor, valid until the next call of this thread for that dtype.
+
+    Fresh memory costs more than what is done in it here: the system clears every page.
+    """
+    size = math.prod(shape)
+    held: dict[torch.dtype, Tensor] = vars(_ROOM).setdefault("held", {})
+    if dtype not in held or held[dtype].numel() < size:
+        held[dtype] = torch.empty(size, dtype=dtype, device="cpu")
+    return held[dtype][:size].view(shape)
 
 
 def count_indices(index: Tensor, size: int) -> Tensor:

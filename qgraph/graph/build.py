@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.node import map_arg
 
 from qgraph.graph.dialect import result_dtype
@@ -56,9 +57,26 @@ def set_value(module: GraphModule, node: Node) -> None:
 
 
 def _described(mode: FakeTensorMode, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """A fake tensor of the same sizes; the dispatcher's way there takes ten times as long."""
-    meta = torch.empty_strided(like.shape, like.stride(), dtype=dtype, device="meta")
-    return FakeTensor(mode, meta, like.device)
+    """A fake tensor of the same sizes; the dispatcher's way there takes ten times as long.
+
+    Values of one size and dtype share theirs: arithmetic on symbols costs more than all else
+    that inserting a node takes.
+    """
+    if like.dtype == dtype and isinstance(like, FakeTensor) and like.fake_mode is mode:
+        return like
+    known: dict[Hashable, Tensor] = vars(mode).setdefault(
+        "_qgraph_described", {}
+    )  # lives as long as the mode
+    key = (tuple(map(_plain, like.shape)), tuple(map(_plain, like.stride())), dtype, like.device)
+    if key not in known:
+        meta = torch.empty_strided(like.shape, like.stride(), dtype=dtype, device="meta")
+        known[key] = FakeTensor(mode, meta, like.device)
+    return known[key]
+
+
+def _plain(size: int | torch.SymInt) -> Hashable:
+    """A size as a key: symbols by their expression."""
+    return size if isinstance(size, int) else size.node.expr
 
 
 def _is_packed(value: Tensor) -> bool:
@@ -116,6 +134,17 @@ def insert_call(
     return node
 
 
+def insert_move(module: GraphModule, move: Node, source: Node, *, before: Node) -> Node:
+    """Insert what `move` does, for a value of the same sizes and another dtype."""
+    assert callable(move.target)
+    with module.graph.inserting_before(before):
+        node = module.graph.call_function(move.target, (source, *move.args[1:]), dict(move.kwargs))
+    node.meta.update({k: move.meta[k] for k in _COPIED_META if k in move.meta})
+    dtype = source.meta["val"].dtype
+    node.meta["val"] = _described(fake_mode(module), move.meta["val"], dtype)
+    return node
+
+
 def add_buffer(module: GraphModule, hint: str, tensor: Tensor) -> str:
     """Register a new buffer under a fresh name derived from `hint`; return the name."""
     base = "_q_" + "".join(c if c.isalnum() else "_" for c in hint)
@@ -144,16 +173,29 @@ def replace_tensor(module: GraphModule, edge: Edge, tensor: Tensor, hint: str) -
 
 
 def shallow_copy(module: GraphModule) -> GraphModule:
-    """A copy of the graph that shares all tensors with the original."""
+    """A copy of the graph that shares all tensors with the original.
+
+    Its code is written when it is first called, or asked for.
+    """
     graph = Graph()
     mapping: dict[Node, Node] = {}
     output = graph.graph_copy(module.graph, val_map=mapping)
     graph.output(output)
     graph._codegen = copy.copy(module.graph._codegen)  # what it holds is replaced, never changed
-    clone = GraphModule(module, graph)
+    clone = _LazyGraphModule(module, graph)
     clone.meta.update(module.meta)
     clone.train(module.training)
     return clone
+
+
+def compile_when_called(module: GraphModule) -> None:
+    """Put off what `recompile` does until the module is called; `code` is stale until then."""
+
+    def forward(self: GraphModule, *args: Any, **kwargs: Any) -> Any:
+        self.recompile()
+        return self.forward(*args, **kwargs)
+
+    type(module).forward = forward  # each graph module has a class of its own
 
 
 def prune(module: GraphModule, *, recompile: bool = True) -> bool:
