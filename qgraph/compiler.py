@@ -26,7 +26,7 @@ from qgraph.calibration.sample import Call, example_of, small_sample
 from qgraph.context import Context, Progress
 from qgraph.errors import ConfigError
 from qgraph.graph.ignore import Ignore, Pattern
-from qgraph.graph.trace import trace, trace_info
+from qgraph.graph.trace import own_parameters, trace_info, trace_sharing
 from qgraph.max_drop import Metric, cheapest_within, check_limits
 from qgraph.model import QuantizedModel
 from qgraph.passes import AssignBits
@@ -126,7 +126,7 @@ def compile(  # noqa: A001
         )  # fmt: skip
         own = small_sample(module, *call, dynamic=False)  # on the model's device, whole
         steps = run_pipeline(chosen, module, context)
-        check_equal(module)
+        _settle(module, model)
         report = build_report(chosen, module, context, steps)
     quantized = QuantizedModel(module, report, context.sample)
     if verify == "full":
@@ -155,10 +155,16 @@ def _traced(
 ) -> tuple[GraphModule, Call]:
     """The graph, and the call that the given batch stands for."""
     args, kwargs = example_of(model, given, transform)
-    module = trace(model, *args, dynamic_shapes=shapes, **kwargs)
+    module = trace_sharing(model, args, kwargs, shapes)
     if isinstance(model, torch.export.ExportedProgram):  # its signature is known only now
         return module, adapter(module, transform)(given)
     return module, (args, kwargs)
+
+
+def _settle(module: GraphModule, model: Any) -> None:
+    """The result stands alone, and is the same on all ranks."""
+    own_parameters(module, model)
+    check_equal(module)
 
 
 def _context(

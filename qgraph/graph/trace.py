@@ -66,6 +66,52 @@ def trace(
     Raises:
         CaptureError: the model cannot be traced; the message names the source line and a cure.
     """
+    return _trace(model, args, kwargs, dynamic_shapes, {})
+
+
+def trace_sharing(
+    model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any],
+    dynamic_shapes: Any = None,
+) -> GraphModule:  # fmt: skip
+    """`trace`, but the graph reads the memory of the model's parameters instead of a copy.
+
+    Sound as long as nobody writes to either: passes register new tensors. Whoever keeps the graph
+    calls `own_parameters` in the end.
+    """
+    shared = {}
+    if isinstance(model, nn.Module):
+        shared = {id(p): _alias(p) for p in model.parameters() if type(p) is nn.Parameter}
+    module = _trace(model, args, kwargs, dynamic_shapes, shared)
+    if any(node.target is torch.ops.aten.copy_.default for node in module.graph.nodes):
+        own_parameters(module, model)  # calls write
+    return module
+
+
+def _alias(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach(), requires_grad=False)
+
+
+def own_parameters(module: GraphModule, model: Any) -> None:
+    """Copy what the graph still reads of the model's parameters."""
+    if not isinstance(model, nn.Module):
+        return
+    theirs = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    copies: dict[int, Tensor] = {}
+    for held in (module.named_parameters, module.named_buffers):
+        for name, tensor in list(held(remove_duplicate=False)):
+            if tensor.untyped_storage().data_ptr() not in theirs or not tensor.numel():
+                continue
+            path, _, leaf = name.rpartition(".")
+            fresh = copies.setdefault(id(tensor), tensor.detach().clone())
+            if isinstance(tensor, nn.Parameter):
+                fresh = copies[id(tensor)] = nn.Parameter(fresh, requires_grad=False)
+            setattr(module.get_submodule(path), leaf, fresh)
+
+
+def _trace(
+    model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any],
+    dynamic_shapes: Any, shared: dict[int, Any],
+) -> GraphModule:  # fmt: skip
     if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
         model = model._orig_mod
     with _unchanged_surroundings():
@@ -73,8 +119,8 @@ def trace(
             return _from_program(model, dynamic_shapes)
         check_model(model)
         if has_trace_info(model):
-            return copy.deepcopy(model)  # type: ignore[return-value]
-        return _from_module(model, args, kwargs, dynamic_shapes)
+            return copy.deepcopy(model, shared)  # type: ignore[return-value]
+        return _from_module(model, args, kwargs, dynamic_shapes, shared)
 
 
 @contextlib.contextmanager
@@ -86,10 +132,11 @@ def _unchanged_surroundings() -> Iterator[None]:
 
 
 def _from_module(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
-) -> GraphModule:
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any,
+    shared: dict[int, Any],
+) -> GraphModule:  # fmt: skip
     check_sample(model, args, kwargs)
-    private = _private_copy(model)
+    private = _private_copy(model, shared)
     _spell_out_keywords(private, args, kwargs)
     original, inputs, outputs = float_dtype(model), (args, kwargs), None
     casts = needs_cast(model)
@@ -116,9 +163,10 @@ def _from_program(program: ExportedProgram, shapes: Any) -> GraphModule:
     return _finish(module, reason, torch.float32)
 
 
-def _private_copy(model: nn.Module) -> nn.Module:
+def _private_copy(model: nn.Module, shared: dict[int, Any]) -> nn.Module:
+    """A deep copy, but for what `shared` maps from ids to stand-ins."""
     try:
-        private = copy.deepcopy(model)
+        private = copy.deepcopy(model, shared)
     except Exception as error:
         msg = (
             f"the model cannot be copied ({type(error).__name__}: {error}); keep computed tensors "

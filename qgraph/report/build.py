@@ -10,7 +10,7 @@ from qgraph.graph.edges import Path
 from qgraph.graph.trace import trace_info
 from qgraph.pipeline import Pipeline, Step
 from qgraph.report.distributions import Distribution, Operands
-from qgraph.report.graph_view import cost_of, graph_view
+from qgraph.report.graph_view import view_and_cost
 from qgraph.report.layers import consumers, layer_records, measure
 from qgraph.report.report import Report
 from qgraph.report.samples import SampleImage, sample_images
@@ -33,14 +33,15 @@ def build_report(
         images = sample_images(context.reference, module, context.sample)
     info = trace_info(module)
     notes = [] if info.dynamic_batch else [f"static shapes: {info.reason}"]
+    view, cost = view_and_cost(module, errors)
     return Report(
         pipeline=str(pipeline),
         layers=tuple(layer_records(context.plan, errors, shapes)),
         decisions=tuple(context.decisions),
         steps=tuple(steps),
         notes=tuple(notes),
-        graph=graph_view(module, errors),
-        cost=cost_of(module),
+        graph=view,
+        cost=cost,
         images=images,
         sensitivity=tuple(SensitivityPoint(*point) for point in context.sensitivity),
     )

@@ -87,6 +87,7 @@ class _Reader:
 
     def __init__(self, module: GraphModule) -> None:
         self.module = module
+        self.sizes = product_sizes(module)
         self.nodes = list(module.graph.nodes)
         self.fixed = constants(self.nodes)
         self.kept = [n for n in self.nodes if self._computes(n)]
@@ -130,9 +131,12 @@ class _Reader:
         return node in self.fixed and self.bits[node] > 16
 
 
-def graph_view(module: GraphModule, errors: Mapping[str, float]) -> tuple[GraphNode, ...]:
+def graph_view(
+    module: GraphModule, errors: Mapping[str, float], reader: _Reader | None = None
+) -> tuple[GraphNode, ...]:
     """The ops of a quantized graph, in its order; `errors` has dB by node name."""
-    reader, sizes = _Reader(module), product_sizes(module)
+    reader = reader or _Reader(module)
+    sizes = reader.sizes
     shown = []
     for node in reader.kept:
         size = sizes.get(node.name)
@@ -158,9 +162,19 @@ def cost_of(module: GraphModule) -> Cost:
     return account(op_uses(module), _tensors(module))
 
 
-def op_uses(module: GraphModule) -> list[OpUse]:
+def view_and_cost(
+    module: GraphModule, errors: Mapping[str, float]
+) -> tuple[tuple[GraphNode, ...], Cost]:
+    """`graph_view` and `cost_of` from one reading of the graph."""
+    reader = _Reader(module)
+    cost = account(op_uses(module, reader), _tensors(module))
+    return graph_view(module, errors, reader), cost
+
+
+def op_uses(module: GraphModule, reader: _Reader | None = None) -> list[OpUse]:
     """The products of a quantized graph with their widths, for `compute_ratio` and the like."""
-    reader, sizes = _Reader(module), product_sizes(module)
+    reader = reader or _Reader(module)
+    sizes = reader.sizes
     ops = []
     for node in reader.kept:
         size = sizes.get(node.name)
