@@ -56,7 +56,7 @@ def quantized(name: str, chosen: qgraph.Pipeline, seed: int, images: int) -> qgr
 def missing(
     model: str, seeds: tuple[int, int], count: int, images: int
 ) -> list[tuple[str, int]]:  # fmt: skip
-    """Cells of one network that the log does not hold, float first; seeds without and with tuning."""
+    """Cells that the log lacks, float first; `seeds` without and with reconstruction."""
     wanted = [("float", 0)]
     for name in pipelines():
         wanted += [(name, seed) for seed in range(seeds[name.endswith(TUNED)])]
