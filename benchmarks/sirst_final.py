@@ -94,21 +94,39 @@ def measure(model: str, cell: str, seed: int, count: int, images: int) -> Line:
     }  # fmt: skip
 
 
+def pooled(lines: list[Line], cell: str) -> Line | None:
+    """All seeds of a cell as one: its IoU, and the counts of all images; None: not measured."""
+    own = [x for x in lines if x["cell"] == cell]
+    if not own:
+        return None
+    counts = {k: np.concatenate([x[k] for x in own]) for k in ("intersection", "union")}
+    iou = float(counts["intersection"].sum() / counts["union"].sum())
+    return {"iou": iou, "seeds": len(own), **counts}
+
+
+def above(line: Line, other: Line) -> str:
+    """Points of IoU that one lies above another, with a bootstrap interval over the same images."""
+    times = line["seeds"] // other["seeds"]
+    several = {k: np.tile(other[k], times) for k in ("intersection", "union")}
+    gap = paired(line, {"iou": other["iou"], **several})
+    return f"{gap[0]:.2f} [{gap[1]:.2f}, {gap[2]:.2f}]"
+
+
 def table(lines: list[Line]) -> str:
-    """Markdown: mean over seeds, and the points lost with a bootstrap interval over images."""
-    reference = next(x for x in lines if x["cell"] == "float")
-    rows = [f"| {reference['model']} | IoU | points lost [95 %] | seeds |", "|---" * 4 + "|"]
-    rows.append(f"| float | {100 * reference['iou']:.1f} | | |")
+    """Markdown: mean over seeds, points above float, and above the uniform width that fits."""
+    reference = pooled(lines, "float")
+    assert reference is not None
+    rows = [f"| {lines[0]['model']} | IoU | above float | above uniform 2/6 | seeds |"]
+    rows += ["|---" * 5 + "|", f"| float | {100 * reference['iou']:.1f} | | | |"]
     for name in pipelines():
-        own = [x for x in lines if x["cell"] == name]
-        if not own:
+        line = pooled(lines, name)
+        if line is None:
             continue
-        pooled = {k: np.concatenate([x[k] for x in own]) for k in ("intersection", "union")}
-        several = {k: np.tile(reference[k], len(own)) for k in ("intersection", "union")}
-        iou = float(pooled["intersection"].sum() / pooled["union"].sum())
-        gap = paired({"iou": reference["iou"], **several}, {"iou": iou, **pooled})
+        rival = pooled(lines, "uniform 2/6" + (TUNED if name.endswith(TUNED) else ""))
+        beside = "" if rival is None or "uniform" in name else above(line, rival)
         rows.append(
-            f"| {name} | {100 * iou:.1f} | {gap[0]:.2f} [{gap[1]:.2f}, {gap[2]:.2f}] | {len(own)} |"
+            f"| {name} | {100 * line['iou']:.1f} | {above(line, reference)} | {beside} |"
+            f" {line['seeds']} |"
         )
     return "\n".join(rows)
 
