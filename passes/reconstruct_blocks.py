@@ -88,7 +88,7 @@ class ReconstructBlocks(Pass):
 
     Raises:
         ConfigError: an unknown granularity, method or target; negative steps.
-        CalibrationError: the loader is unusable.
+        CalibrationError: the loader is unusable. PassError: weights are codes already.
     """
 
     name: ClassVar[str] = "reconstruct-blocks"
@@ -163,7 +163,7 @@ class _Work:
     ) -> None:
         self.item, self.module, self.context, self.folder = item, module, context, folder
         self.exact = shallow_copy(module)
-        without_quantizers(self.exact)
+        without_quantizers(self.exact, by=item.name)
         self.regions = find_regions(self.exact, item.granularity, starts=quantized_readers(module))
         self.owners = owners(module, self.regions)
         self.groups = groups(module, self.owners)

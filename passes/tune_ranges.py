@@ -10,15 +10,14 @@ from typing import ClassVar
 from torch.fx import GraphModule
 
 from qgraph.calibration.filtered_loss import objective_of
-from qgraph.calibration.global_tuning import Schedule, WholeNetwork, descend, write_table
-from qgraph.calibration.learnable import write_scale
+from qgraph.calibration.global_tuning import Schedule, WholeNetwork, descend
 from qgraph.calibration.loader import adapter
 from qgraph.calibration.streams import Shelf, begin, split
 from qgraph.calibration.student import without_quantizers
 from qgraph.context import Context
 from qgraph.errors import ConfigError
 from qgraph.graph.build import shallow_copy
-from qgraph.graph.extract import by_name, extract
+from qgraph.graph.extract import extract
 from qgraph.pipeline import Fact, Pass, Promise
 
 LOGGER = logging.getLogger("qgraph")
@@ -31,18 +30,23 @@ class TuneRanges(Pass):
 
     The best scale for a tensor is not the best one for the task, and for box regression the two
     lie far apart (Reg-PTQ, CVPR 2024, figure 3). So after the usual search all steps move together
-    under the objective of ``qgraph.compile(..., loss=)``, such as `FilteredGlobalLoss`. Nothing
-    changes unless the objective fell on samples held out. Without ``loss=`` the pass does nothing.
+    under the objective of ``qgraph.compile(..., loss=)``, such as `FilteredGlobalLoss`, and with
+    them, where a rate is given, what rounding has shifted: biases, and scales of rounded weights.
+    Nothing changes unless the objective fell on samples held out. Without ``loss=`` the pass does
+    nothing.
 
     Attributes:
         steps, batch: Adam steps, samples per step.
         step_lr: rate of the logarithm of activation steps.
         table_lr: rate of log-affine slopes and offsets.
+        bias_lr: rate of biases, in standard deviations of their product's output; 0: they stay.
+        scale_lr: rate of the logarithm of weight scales, where codes are settled; 0: they stay.
         max_samples: calibration samples used.
 
     Raises:
         ConfigError: negative steps or an empty batch.
         CalibrationError: the loader is unusable.
+        PassError: weights are rounded, and no earlier pass kept the float network.
     """
 
     name: ClassVar[str] = "tune-ranges"
@@ -53,6 +57,8 @@ class TuneRanges(Pass):
     batch: int = 16
     step_lr: float = 4e-3
     table_lr: float = 1e-2
+    bias_lr: float = 1e-3
+    scale_lr: float = 5e-4
     max_samples: int | None = 256
 
     def __post_init__(self) -> None:
@@ -65,8 +71,7 @@ class TuneRanges(Pass):
         if objective is None:
             context.record(self.name, "outputs", "kept", "no teacher-student loss= was given")
             return False
-        exact = shallow_copy(module)
-        without_quantizers(exact)
+        exact = self._teacher(module, context)
         adapt = context.adapt or adapter(module)
         shelf = Shelf(max_memory=context.max_memory)
         stream = begin(exact, context.batches, adapt, shelf, max_samples=self.max_samples)
@@ -74,35 +79,35 @@ class TuneRanges(Pass):
         report_filter(context, self.name, network)
         return self._tune(network, context)
 
+    def _teacher(self, module: GraphModule, context: Context) -> GraphModule:
+        """The float network: behind rounding, the quantized graph holds codes of weights only."""
+        if context.reference is not None:
+            return context.reference
+        twin = shallow_copy(module)
+        without_quantizers(twin, by=self.name)
+        return twin
+
     def _tune(self, network: WholeNetwork, context: Context) -> bool:
         module, size = network.module, GUARD_BATCH if network.stream.batching.dynamic else 1
         train, guard = split(network.stream, context.seed)
         guard = guard if any(guard) else train
         before = network.mean_loss(extract(module, network.inputs, network.made), guard, size)
-        student, tables = network.student()
-        schedule = Schedule(self.steps, self.batch if size > 1 else 1, self.step_lr, self.table_lr)
+        learned = network.learned(train, size)
+        schedule = Schedule(
+            self.steps, self.batch if size > 1 else 1, self.step_lr, self.table_lr, self.bias_lr,
+            self.scale_lr,
+        )  # fmt: skip
 
         def tick(step: int) -> None:
             if step % 10 == 0:
                 context.progress_step(self.name, step, self.steps)
 
-        distinct = list({id(t): t for t in tables.values()}.values())
-        descend(network, student, distinct, schedule, train, seed=context.seed, tick=tick)
+        descend(network, learned, schedule, train, seed=context.seed, tick=tick)
         changed = shallow_copy(module)
-        nodes = by_name(changed)
-        encodings = {id(table): table.learned() for table in distinct}
-        moved = 0
-        for name, fake in student.fakes.items():
-            scale = fake.learned()
-            if scale is not None:
-                write_scale(changed, nodes[name], scale)
-                moved += 1
-        for name, table in tables.items():
-            write_table(changed, nodes[name], encodings[id(table)])
-        changed.recompile()
+        moved = learned.write(changed)
         after = network.mean_loss(extract(changed, network.inputs, network.made), guard, size)
         numbers = {"before": before, "after": after, "steps": float(moved),
-                   "tables": float(len(distinct))}  # fmt: skip
+                   "tables": float(len(learned.distinct()))}  # fmt: skip
         if not after < before:
             reason = "the held-out objective did not fall"
             context.record(self.name, "outputs", "refused", reason, **numbers)

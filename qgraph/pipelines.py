@@ -188,7 +188,8 @@ def _det(weight_bits: int, activation_bits: int) -> tuple[Pass, ...]:
     Last prediction layers stay in float, the first layer at 8 bits. Rounding goes with feedback,
     region by region; short learning gained nothing over that on the zoo's detector,
     so nothing is learned unless ``steps`` are asked for. Ranges are tuned last, on the
-    network as it will be: what needs an objective takes ``loss=`` of compile
+    network as it will be, with the biases and weight scales that make up for what rounding
+    shifted: what needs an objective takes ``loss=`` of compile
     (`qgraph.FilteredGlobalLoss`). From 8-bit weights on only ranges are tuned, from 8-bit
     activations on channels are not grouped: the searched ranges are within the noise already.
     """
@@ -205,7 +206,7 @@ def _det(weight_bits: int, activation_bits: int) -> tuple[Pass, ...]:
         passes.ChooseWeightScales(),
         passes.InsertQuantizers(),
         *rounded,
-        passes.TuneRanges(steps=150, step_lr=8e-3),
+        passes.TuneRanges(steps=150),
         *back()[1:],
     )
 

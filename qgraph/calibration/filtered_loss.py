@@ -19,6 +19,7 @@ from torch import Tensor
 from qgraph.calibration.boxes import aligned_iou
 from qgraph.errors import ConfigError, unknown_name
 
+DISTANCES = ("power", "overlap")
 NORMALIZERS = ("all", "kept")
 CLASSES = ("sigmoid", "softmax")
 
@@ -126,6 +127,8 @@ class FilteredGlobalLoss:
     float score is at least `theta_c` and the two boxes overlap by at least `theta_i`. The entropy
     of y is subtracted from the cross entropy, so equal outputs give 0 and gradients stay the same.
     The class term is not masked; without boxes (segmentation, one row per pixel) it is, by score.
+    ``distance="overlap"`` replaces the power by ``1 - IoU(b_i, b^_i)``, which weighs an error by
+    the size of the box, as average precision does: a pixel decides over a small box, not a large.
 
     Attributes:
         decode: raw outputs -> `Predictions`, a (logits, boxes) tuple, or a list of them, one per
@@ -133,6 +136,8 @@ class FilteredGlobalLoss:
         score: logits -> [B, N]; default: the largest probability of a (foreground) class.
         theta_c, theta_i: thresholds of score and overlap.
         lam, p: weight and exponent of the box term.
+        distance: between two boxes, the ``power`` of the paper or their ``overlap``.
+        confidence: boxes count by the float score to this power; 0: all that are kept alike.
         classes: ``sigmoid`` (dense heads), or ``softmax`` with class 0 as background.
         normalizer: divide by ``all`` rows, as the paper does, or by those ``kept``.
 
@@ -149,6 +154,8 @@ class FilteredGlobalLoss:
     theta_i: float = 0.1
     lam: float = 1.0
     p: float = 1.0
+    distance: Literal["power", "overlap"] = "power"
+    confidence: float = 0.0
     classes: Literal["sigmoid", "softmax"] = "sigmoid"
     normalizer: Literal["all", "kept"] = "all"
 
@@ -158,9 +165,14 @@ class FilteredGlobalLoss:
             if not 0.0 <= value <= 1.0:
                 msg = f"{name} is {value!r}; allowed: 0 to 1"
                 raise ConfigError(msg)
-        if self.p < 1 or self.lam < 0:
-            msg = f"p is {self.p!r}, lam {self.lam!r}; allowed: p >= 1, lam >= 0"
+        if self.p < 1 or self.lam < 0 or self.confidence < 0:
+            msg = (
+                f"p is {self.p!r}, lam {self.lam!r}, confidence {self.confidence!r};"
+                " allowed: p >= 1, the others >= 0"
+            )
             raise ConfigError(msg)
+        if self.distance not in DISTANCES:
+            raise unknown_name("distance", self.distance, DISTANCES)
         if self.normalizer not in NORMALIZERS:
             raise unknown_name("normalizer", self.normalizer, NORMALIZERS)
         if self.classes not in CLASSES:
@@ -201,16 +213,18 @@ class FilteredGlobalLoss:
             raise ConfigError(msg)
         return list(zip(mine, theirs, strict=True))
 
+    @torch.no_grad()
+    def _scores(self, theirs: Predictions) -> Tensor:
+        """The float network's score of each row [B, N]."""
+        if self.score is not None:
+            return self.score(theirs.logits)
+        if self.classes == "sigmoid":
+            return theirs.logits.sigmoid().amax(-1)
+        return theirs.logits.softmax(-1)[..., 1:].amax(-1)
+
     def _confident(self, theirs: Predictions) -> Tensor:
-        with torch.no_grad():
-            if self.score is not None:
-                score = self.score(theirs.logits)
-            elif self.classes == "sigmoid":
-                score = theirs.logits.sigmoid().amax(-1)
-            else:
-                score = theirs.logits.softmax(-1)[..., 1:].amax(-1)
-            found = score >= self.theta_c
-            return found if theirs.valid is None else found & theirs.valid
+        found = self._scores(theirs) >= self.theta_c
+        return found if theirs.valid is None else found & theirs.valid
 
     def _head(self, mine: Predictions, theirs: Predictions) -> Tensor:
         entropy = self._divergence(mine.logits.float(), theirs.logits.float())
@@ -222,10 +236,18 @@ class FilteredGlobalLoss:
         count = mask.numel() if self.normalizer == "all" else max(1, int(mask.sum()))
         total = entropy.sum()
         if mine.boxes is not None and theirs.boxes is not None:
-            # Masked rows are cut out before the power, so they carry no gradient at all.
-            away = (mine.boxes.float()[mask] - theirs.boxes.float()[mask]).abs()
-            total = total + self.lam * away.pow(self.p).sum()
+            # Masked rows are cut out before the distance, so they carry no gradient at all.
+            away = self._distance(mine.boxes.float()[mask], theirs.boxes.float()[mask])
+            if self.confidence:
+                away = away * self._scores(theirs)[mask].pow(self.confidence)
+            total = total + self.lam * away.sum()
         return total / count
+
+    def _distance(self, mine: Tensor, theirs: Tensor) -> Tensor:
+        """Between boxes [K, 4] and [K, 4], one number each."""
+        if self.distance == "overlap":
+            return 1 - aligned_iou(mine, theirs)
+        return (mine - theirs).abs().pow(self.p).sum(-1)
 
     def _divergence(self, mine: Tensor, theirs: Tensor) -> Tensor:
         """KL divergence of each row [B, N]."""

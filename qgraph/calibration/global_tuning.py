@@ -3,7 +3,8 @@
 
 No region, no local loss: the quantized network runs from input to output, the objective compares
 it with the float one, and a handful of numbers per quantizer moves (Reg-PTQ, section 3.2 and the
-four numbers of equation 9). Rounding stays as it is; gradients pass straight through it.
+four numbers of equation 9), with the biases and scales that follow rounding. Codes of weights stay
+as they are; gradients pass straight through rounding.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from qgraph.calibration.corrections import (
+    Corrections,
+    learn_corrections,
+    write_corrections,
+)
 from qgraph.calibration.filtered_loss import Filtering, Kept, Objective
+from qgraph.calibration.learnable import write_scale
 from qgraph.calibration.log_affine_fit import soft_log_affine
 from qgraph.calibration.streams import Bucket, Stream
 from qgraph.calibration.student import Student, Trainable, build_student
@@ -32,7 +39,7 @@ from qgraph.graph.dialect import (
     is_quantize,
 )
 from qgraph.graph.edges import Edge
-from qgraph.graph.extract import extract, output_names, structured
+from qgraph.graph.extract import by_name, extract, output_names, structured
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +49,16 @@ class Schedule:
     Attributes:
         steps, batch: Adam steps and samples per step.
         step_lr: rate of the logarithm of activation steps; table_lr: of slopes (in the logarithm)
-            and offsets (in codes). Both fall to zero along a cosine.
+            and offsets (in codes); bias_lr: of biases, in standard deviations of the product's
+            output; scale_lr: of the logarithm of weight scales. All fall to zero along a cosine.
     """
 
     steps: int = 120
     batch: int = 16
     step_lr: float = 4e-3
     table_lr: float = 1e-2
+    bias_lr: float = 0.0
+    scale_lr: float = 0.0
 
 
 class LearnedTable(nn.Module):
@@ -77,6 +87,49 @@ class LearnedTable(nn.Module):
             self.start, self.log_slope.detach().double().exp(), self.offset.detach().double()
         )
         return log_affine(found, axis=self.axis)
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """A student's numbers that move together.
+
+    Attributes:
+        student: activation quantizers.
+        tables: log-affine weights by name of their quantize node; tied ones share an object.
+        corrections: biases, and scales of settled weights.
+    """
+
+    student: Student
+    tables: dict[str, LearnedTable]
+    corrections: Corrections
+
+    def distinct(self) -> list[LearnedTable]:
+        """Tables, tied ones once."""
+        return list({id(t): t for t in self.tables.values()}.values())
+
+    def groups(self, schedule: Schedule) -> list[dict[str, Any]]:
+        """Variables by rate; what has none is left out."""
+        tables = [t for table in self.distinct() for t in (table.log_slope, table.offset)]
+        biases, scales = self.corrections.variables()
+        rates = (
+            (self.student.steps(), schedule.step_lr), (tables, schedule.table_lr),
+            (biases, schedule.bias_lr), (scales, schedule.scale_lr),
+        )  # fmt: skip
+        return [{"params": held, "lr": rate} for held, rate in rates if held and rate > 0]
+
+    def write(self, module: GraphModule) -> int:
+        """Give the quantized graph what was learned; return how many steps moved."""
+        nodes = by_name(module)
+        encodings = {id(table): table.learned() for table in self.distinct()}
+        scales = {name: fake.learned() for name, fake in self.student.fakes.items()}
+        moved = {name: scale for name, scale in scales.items() if scale is not None}
+        for name, scale in moved.items():
+            write_scale(module, nodes[name], scale)
+        for name, table in self.tables.items():
+            write_table(module, nodes[name], encodings[id(table)])
+        write_corrections(module, self.corrections)
+        module.recompile()
+        return len(moved)
 
 
 class WholeNetwork:
@@ -138,14 +191,22 @@ class WholeNetwork:
                 total = total + self.objective.statistics(*pair)
         return total
 
-    def student(self) -> tuple[Student, dict[str, LearnedTable]]:
-        """The graph with learning quantizers, and the tables by name of their quantize node."""
+    def learned(self, train: list[list[int]], size: int) -> Learned:
+        """The graph with quantizers, tables and corrections that learn."""
         activations = frozenset(
             n.name for n in self.module.graph.nodes
             if is_quantize(n) and isinstance(n.args[0], Node) and n.args[0].op != "get_attr"
         )  # fmt: skip
         student = build_student(self.module, self.inputs, self.made, Trainable({}, activations))
-        return student, learn_tables(student.graph)
+        tables = learn_tables(student.graph)
+        corrections = learn_corrections(student.graph, self._batch(train, size))
+        return Learned(student, tables, corrections)
+
+    def _batch(self, members: list[list[int]], size: int) -> tuple[Tensor, ...]:
+        """Inputs of the first samples of the first bucket that has any."""
+        number = next(number for number, held in enumerate(members) if held)
+        picks = torch.tensor(members[number][:size])
+        return tuple(self.stream.buckets[number].rows(name, picks) for name in self.inputs)
 
 
 def learn_tables(graph: GraphModule) -> dict[str, LearnedTable]:
@@ -177,14 +238,12 @@ def learn_tables(graph: GraphModule) -> dict[str, LearnedTable]:
 
 
 def descend(
-    network: WholeNetwork, student: Student, tables: list[LearnedTable], schedule: Schedule,
-    train: list[list[int]], *, seed: int, tick: Callable[[int], None] | None = None,
+    network: WholeNetwork, learned: Learned, schedule: Schedule, train: list[list[int]], *,
+    seed: int, tick: Callable[[int], None] | None = None,
 ) -> None:  # fmt: skip
     """Move the numbers; the student keeps them."""
-    steps = student.steps()
-    learned = [t for table in tables for t in (table.log_slope, table.offset)]
-    rates = ((steps, schedule.step_lr), (learned, schedule.table_lr))
-    groups = [{"params": list(p), "lr": rate} for p, rate in rates if p]
+    student, groups = learned.student, learned.groups(schedule)
+    moving = [held for group in groups for held in group["params"]]
     places = [(b, i) for b, members in enumerate(train) for i in members]
     if not groups or not places or schedule.steps == 0:
         return
@@ -194,7 +253,7 @@ def descend(
     for step in range(schedule.steps):
         fall = 0.5 * (1 + math.cos(math.pi * step / schedule.steps))
         for group, start in zip(optimizer.param_groups, starts, strict=True):
-            group["lr"] = float(start) * fall  # type: ignore[arg-type]
+            group["lr"] = float(start) * fall
         bucket = places[int(torch.randint(len(places), (), generator=generator))][0]
         members = train[bucket]
         order = torch.randperm(len(members), generator=generator)[: schedule.batch]
@@ -202,7 +261,7 @@ def descend(
         with torch.enable_grad():
             loss = network.loss(student.graph, network.stream.buckets[bucket], picks)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward(inputs=[*steps, *learned])
+            loss.backward(inputs=moving)
         optimizer.step()
         if tick is not None:
             tick(step + 1)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from qgraph.calibration.rounding import FakeAffine, FakeFixed, Method, Rounding, coins
+from qgraph.errors import PassError
 from qgraph.formats import AffineEncoding, Encoding
 from qgraph.graph.build import attribute
 from qgraph.graph.dialect import encoding_of, is_dequantize, is_quantize
@@ -205,15 +206,22 @@ def _replace(
     node.replace_all_uses_with(call)
 
 
-def without_quantizers(module: GraphModule) -> None:
-    """Let every reader of a dequantized value read the float value itself, in place."""
+def without_quantizers(module: GraphModule, *, by: str) -> None:
+    """Let every reader of a dequantized value read the float value itself, in place.
+
+    Raises:
+        PassError: a weight is left as codes only, so what comes out would not be the float
+            network; `by` is the pass that asks.
+    """
     for node in list(module.graph.nodes):
         if is_dequantize(node):
             quantize = node.args[0]
-            if isinstance(quantize, Node) and is_quantize(quantize):
-                source = quantize.args[0]
-                assert isinstance(source, Node)
-                node.replace_all_uses_with(source)
+            if not isinstance(quantize, Node) or not is_quantize(quantize):
+                msg = "a weight is rounded already and its float values are gone; run earlier"
+                raise PassError(msg, pass_name=by, node=node.name)
+            source = quantize.args[0]
+            assert isinstance(source, Node)
+            node.replace_all_uses_with(source)
     module.graph.eliminate_dead_code()
     module.recompile()
 

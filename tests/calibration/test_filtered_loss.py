@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qgraph.calibration.boxes import aligned_iou
 from qgraph.calibration.filtered_loss import (
     FilteredGlobalLoss,
     Kept,
@@ -169,3 +172,34 @@ def test_bad_options_and_shapes_are_refused() -> None:
         FilteredGlobalLoss(lambda raw: (raw[0][0], raw[1]))(student, teacher)
     with pytest.raises(ConfigError, match="other heads"):
         FilteredGlobalLoss(same)((student[0][:, :3], student[1][:, :3]), teacher)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=seeds, size=st.floats(0.05, 20.0))
+def test_by_overlap_a_box_counts_as_much_at_any_size(seed: int, size: float) -> None:
+    (logits, boxes), (_, target) = outputs(seed)
+    loss = FilteredGlobalLoss(same, distance="overlap")
+    plain = loss((logits, boxes), (logits, target))
+    torch.testing.assert_close(plain, loss((logits, boxes * size), (logits, target * size)))
+    power = FilteredGlobalLoss(same)
+    large = power((logits, boxes * size), (logits, target * size))
+    torch.testing.assert_close(large, size * power((logits, boxes), (logits, target)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=seeds, confidence=st.floats(0.1, 3.0))
+def test_boxes_count_by_the_float_networks_score(seed: int, confidence: float) -> None:
+    (_, boxes), (wanted, target) = outputs(seed)
+    loss = FilteredGlobalLoss(
+        same, theta_c=0.0, theta_i=0.0, distance="overlap", confidence=confidence
+    )
+    found = loss((wanted, boxes), (wanted, target))
+    shared = aligned_iou(boxes.double(), target.double())
+    scores = wanted.double().sigmoid().amax(-1) ** confidence
+    torch.testing.assert_close(found.double(), (scores * (1 - shared)).mean(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [{"distance": "manhattan"}, {"confidence": -1.0}])
+def test_unknown_distances_and_negative_weights_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"allowed|valid"):
+        FilteredGlobalLoss(same, **bad)

@@ -152,6 +152,35 @@ def test_learning_lowers_the_objective_on_unseen_images_on_every_backend() -> No
     )
 
 
+def test_behind_rounding_the_teacher_is_still_the_float_network() -> None:
+    seen: list[Tensor] = []
+
+    def compare(mine: Any, theirs: Any) -> Tensor:
+        seen.append(theirs[0].flatten(1))
+        return (mine[0] - theirs[0]).square().mean()
+
+    compiled(pipeline("det_w2a8", steps=0), loss=TeacherStudent(compare))
+    with torch.no_grad():
+        float_rows = torch.cat([detector()(x)[0].flatten(1) for x in images(48)])
+    rows = torch.cat(seen)
+    away = torch.cdist(rows.double(), float_rows.double()).amin(1)
+    assert float(away.max()) < 1e-4 * float(float_rows.norm(dim=1).mean())
+
+
+def test_biases_and_scales_make_up_for_rounding() -> None:
+    rounded = ReconstructBlocks(steps=0, damping=0.1)
+    free = TuneRanges(steps=40, batch=8, bias_lr=3e-3, scale_lr=2e-3)
+    still = TuneRanges(steps=40, batch=8, bias_lr=0.0, scale_lr=0.0)
+    chosen = pipeline("det_w3a8").replace("reconstruct-blocks", rounded)
+    alone, corrected = (
+        compiled(chosen.replace("tune-ranges", item), loss=LOSS) for item in (still, free)
+    )
+    assert error(corrected) < 0.9 * error(alone)
+    (x,) = images(8, seed=5)
+    reference, exact = corrected.lower("reference")(x), corrected(x)
+    assert all(torch.equal(a, b) for a, b in zip(reference, exact, strict=True))
+
+
 def test_the_filter_reports_what_it_kept() -> None:
     (line,) = [d for d in decisions(learned(), "tune-ranges") if d.site == "loss filter"]
     assert 0 < line.numbers["kept"] <= line.numbers["confident"] <= line.numbers["rows"]
