@@ -9,13 +9,18 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
+from qgraph.backends.onnx import safety
 from qgraph.backends.onnx.capabilities import SESSION_CONFIG
+from qgraph.backends.onnx.export import export
 from qgraph.backends.onnx.safety import check_bytes, check_file, declared_bytes
 from qgraph.backends.onnx.session import Session, read_codes, read_config
 from qgraph.backends.onnx.signature import Signature, load
-from qgraph.errors import ArtifactError
+from qgraph.errors import ArtifactError, InputError
+from tests.backends.onnx_models import quantized
 
 
 def model(tensor: onnx.TensorProto, domain: str = "") -> onnx.ModelProto:
@@ -141,3 +146,68 @@ def test_declared_bytes_know_packed_types() -> None:
     for kind, size in [("FLOAT", 24), ("INT8", 6), ("INT4", 3), ("UINT2", 2), ("DOUBLE", 48)]:
         tensor = TensorProto(name="w", data_type=TensorProto.DataType.Value(kind), dims=[2, 3])
         assert declared_bytes(tensor) == size
+
+
+def test_files_and_graphs_beyond_the_limits_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(tmp_path, numpy_helper.from_array(np.zeros(4, np.float32), "w"))
+    check_file(path)
+    monkeypatch.setattr(safety, "MAX_NODES", 0)
+    with pytest.raises(ArtifactError, match="1 nodes; refused above 0"):
+        check_file(path)
+    monkeypatch.setattr(safety, "MAX_BYTES", 10)
+    with pytest.raises(ArtifactError, match="bytes; refused above 10"):
+        check_file(path)
+
+
+def test_tensors_that_contradict_themselves_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(bytes(16))
+    unmarked, offset = external("w.bin"), external("w.bin")
+    unmarked.data_location = TensorProto.DEFAULT
+    next(e for e in offset.external_data if e.key == "offset").value = "here"
+    text = external("w.bin")
+    text.data_type = TensorProto.STRING
+    for tensor, words in [
+        (unmarked, "not marked external"), (offset, "has offset"), (text, "has type STRING"),
+    ]:  # fmt: skip
+        with pytest.raises(ArtifactError, match=words):
+            check_file(saved(tmp_path, tensor))
+    negative = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[-1])
+    with pytest.raises(ArtifactError, match="absurd shape"):
+        check_bytes(model(negative).SerializeToString())
+
+
+def test_sparse_tensors_and_tensors_in_attributes_are_checked_too() -> None:
+    whole = model(numpy_helper.from_array(np.zeros(4, np.float32), "w"))
+    sparse = whole.graph.sparse_initializer.add()
+    sparse.values.CopyFrom(external("w.bin"))
+    with pytest.raises(ArtifactError, match="not accepted here"):
+        check_bytes(whole.SerializeToString())
+    whole = model(numpy_helper.from_array(np.zeros(4, np.float32), "w"))
+    whole.graph.node.append(helper.make_node("Constant", [], ["c"], value=external("w.bin")))
+    with pytest.raises(ArtifactError, match="not accepted here"):
+        check_bytes(whole.SerializeToString())
+
+
+class Sum(nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (x @ x.transpose(0, 1)) @ y
+
+
+def test_what_onnxruntime_refuses_is_a_typed_error(tmp_path: Path) -> None:
+    x, y = torch.randn(4, 6), torch.randn(4, 3)
+    export(quantized(Sum(), (x, y)), tmp_path / "m.onnx")
+    session = Session(tmp_path / "m.onnx", threads=1)
+    assert session(x, y).shape == (4, 3)
+    with pytest.raises(InputError, match="could not run these inputs"):
+        session(x, torch.randn(5, 3))
+    with pytest.raises(InputError, match="must be a tensor, got float"):
+        session(x, 1.0)
+    with pytest.raises(InputError, match="got 3 positional arguments, the model takes 2"):
+        session(x, y, y)
+    broken = onnx.load(tmp_path / "m.onnx")
+    broken.graph.node[-1].op_type = "Nonsense"
+    onnx.save(broken, tmp_path / "m.onnx")
+    with pytest.raises(ArtifactError, match="onnxruntime refuses the file"):
+        Session(tmp_path / "m.onnx", threads=1)
