@@ -137,6 +137,36 @@ def test_sums_beyond_float32_and_beyond_int32_stay_exact(length, fixed, bias):
         assert backend.lower(module)(*inputs)[0][0].tolist() == expected
 
 
+@pytest.mark.parametrize(("groups", "kernel"), [(1, (3, 3)), (2, (3, 3)), (1, (9,))])
+@pytest.mark.parametrize("start", [0, 7, -(2**29)])
+def test_convolutions_beyond_float32_are_summed_in_int32(groups, kernel, start):
+    grid, w_grid = IntGrid(8, signed=False), IntGrid(8, signed=True)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(200, 256, (2, 160 * groups, *(4 + k for k in kernel)), generator=generator)
+    w = torch.randint(90, 128, (2 * groups, 160, *kernel), generator=generator)
+    w[1] *= -1
+    coded = AffineEncoding.per_tensor(0.5, 3, grid)
+    w_coded = AffineEncoding.symmetric(torch.full((2 * groups,), 0.25), w_grid, 0)
+    bias = int_bias(torch.full((2 * groups,), start), torch.full((2 * groups,), 0.125))
+    target, sizes = (aten.conv2d.default, 2) if len(kernel) == 2 else (aten.conv1d.default, 1)
+    rest = ([1] * sizes, [1] * sizes, [1] * sizes, groups)
+    out = AffineEncoding.per_tensor(2.0**9, 5, IntGrid(16, signed=True))
+    module = product_graph(
+        target, (x.to(torch.uint8), coded), (w.to(torch.int8), w_coded), bias=bias, rest=rest,
+        out=out,
+    )  # fmt: skip
+    convolve = torch.nn.functional.conv2d if sizes == 2 else torch.nn.functional.conv1d
+    exact = convolve(x.double() - 3, w.double(), None, *rest) + start  # exact below 2^53
+    assert float(exact.abs().max()) > 2**24
+    factor = np.float32(0.125) / np.float32(2.0**9)
+    expected = torch.round(exact.float() * float(factor)).add(5).clamp(-(2**15), 2**15 - 1)
+    for backend in (reference, integer):
+        got = backend.lower(module)(x.to(torch.uint8))[0]
+        assert torch.equal(got.to(torch.float32), expected), backend.__name__
+    kinds = [str(row) for row in integer.lower(module).explain()]
+    assert any("slices of the channels" in kind for kind in kinds) == (groups == 1 and start != 0)
+
+
 @pytest.mark.parametrize("axis", [0, -2])
 def test_negative_channel_axes_mean_the_same(axis):
     generator = torch.Generator().manual_seed(3)
