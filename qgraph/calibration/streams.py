@@ -64,6 +64,10 @@ class Shelf:
         _reserve(path, size)
         return mapped(path, shape, dtype)
 
+    def put(self, name: str, value: Tensor) -> Tensor:
+        """A copy of a tensor, under a name that is not in use."""
+        return self.allocate(name, value.shape, value.dtype).copy_(value)
+
     def path(self, name: str) -> Path:
         """The file of a name."""
         if self.folder is None:
@@ -263,7 +267,7 @@ def begin(
     module: GraphModule, loader: Iterable[Any], adapt: Callable[[Any], Arguments], shelf: Shelf,
     *, max_samples: int | None = None, row_masks: Masks | None = None,
 ) -> Stream:  # fmt: skip
-    """The stream of a graph's inputs: one pass over the loader.
+    """The stream of a graph's inputs: one pass over the loader, within the shelf's memory.
 
     `row_masks` is kept beside them under the name `ROW_MASK`.
 
@@ -272,7 +276,7 @@ def begin(
     """
     batching, signature = Batching(module), Signature.of(module)
     names = [node.name for node in module.graph.nodes if node.op == "placeholder"]
-    parts: dict[tuple[object, ...], list[dict[str, Tensor]]] = {}
+    parts: dict[tuple[object, ...], list[tuple[int, dict[str, Tensor]]]] = {}
     numbers: dict[tuple[object, ...], list[int]] = {}
     taken = 0
     for count, batch in enumerate(loader):
@@ -288,7 +292,8 @@ def begin(
         if here == 0:
             break
         key = _shape_key(rows)
-        parts.setdefault(key, []).append(rows)
+        kept = {name: shelf.put(_part(count, name), value) for name, value in rows.items()}
+        parts.setdefault(key, []).append((count, kept))
         numbers.setdefault(key, []).extend(range(taken, taken + here))
         taken += here
     if taken == 0:
@@ -296,9 +301,16 @@ def begin(
         raise CalibrationError(msg)
     stream = Stream("float", shelf, batching, [Bucket(s) for s in numbers.values()])
     for number, group in enumerate(parts.values()):
-        for name in group[0]:
-            _gather(stream, number, name, [part[name] for part in group])
+        for name in [*group[0][1]]:
+            _gather(stream, number, name, [part.pop(name) for _, part in group])
+            for count, _ in group:
+                shelf.free(_part(count, name))
     return stream
+
+
+def _part(count: int, name: str) -> str:
+    """Name of a batch's tensor on the shelf until all batches are there."""
+    return f"batch-{count}-{name}"
 
 
 def _rows(leaves: Mapping[str, Any], batching: Batching) -> tuple[int, dict[str, Tensor]]:

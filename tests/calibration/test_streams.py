@@ -106,6 +106,27 @@ def test_values_beyond_the_budget_lie_in_files_and_are_equal():
     assert torch.equal(kept[0], kept[1 << 30])
 
 
+def test_batches_do_not_wait_in_memory_beyond_the_budget(tmp_path):
+    module = graph()
+    data, _ = batches([4] * 6)
+    budget = 2 * data[0][0].nbytes
+    shelf = Shelf(tmp_path, max_memory=budget)
+    on_disk = []
+
+    def loader():
+        for batch in data:
+            yield batch
+            on_disk.append(shelf.on_disk)
+            assert shelf.in_memory <= budget
+
+    stream = stream_of(module, loader(), shelf)
+    assert on_disk[-1] >= 4 * data[0][0].nbytes
+    whole = stream_of(module, data)
+    for name, value in whole.buckets[0].values.items():
+        assert torch.equal(stream.buckets[0].values[name], value)
+    assert not [file for file in tmp_path.iterdir() if "batch" in file.name]
+
+
 def test_dropping_a_port_gives_its_memory_back():
     module = graph()
     inputs, relu = ports(module)
