@@ -20,7 +20,7 @@ def importances(problem: Problem, *, batch: int) -> list[dict[str, Tensor]]:
     assert suffix is not None
     assert suffix.objective is not None
     problem.student.eval()
-    problem.student.set_weights(hard=True)
+    problem.student.set_weights()
     names = problem.ports.outputs
     found: list[dict[str, Tensor]] = []
     for number, bucket in enumerate(problem.streams.exact.buckets):

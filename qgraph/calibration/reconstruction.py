@@ -22,7 +22,7 @@ from qgraph.calibration.region_losses import (
     output_loss,
 )
 from qgraph.calibration.region_problem import Outcome, Problem, Tuning
-from qgraph.calibration.rounding import coins, penalty
+from qgraph.calibration.rounding import coins, select
 from qgraph.calibration.student import Student
 
 
@@ -77,7 +77,7 @@ def _mix(rough: Tensor, exact: Tensor, drop: float, coin: torch.Generator) -> Te
     """Elements of the quantized stream, a share of them replaced by float ones."""
     if drop <= 0 or rough is exact or not rough.is_floating_point():
         return rough
-    return torch.where(coins(rough.shape, coin, drop), exact, rough)
+    return select(coins(rough.shape, coin, drop), exact, rough)
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def hard_loss(problem: Problem, picks: list[list[int]], *, batch: int) -> tuple[
     Returns that of the outputs, and the objective's (0 without one).
     """
     problem.student.eval()
-    problem.student.set_weights(hard=True)
+    problem.student.set_weights()
     error: dict[str, float] = {}
     energy: dict[str, float] = {}
     judged, count = 0.0, 0
@@ -184,7 +184,7 @@ def _descend(
     groups = [g for g in groups if g["params"]]
     if not groups or tuning.steps == 0:
         return []
-    optimizer = torch.optim.Adam(groups)
+    optimizer = torch.optim.Adam(groups, fused=True)
     learned = [*student.variables(), *student.steps()]
     terms = _Terms(problem, tuning)
     draw = _Drawer(problem.streams.train, batch, generator)
@@ -195,11 +195,12 @@ def _descend(
         for group in optimizer.param_groups:
             if group["params"] and group["params"][0].ndim == 0:
                 group["lr"] = tuning.step_lr * 0.5 * (1 + math.cos(math.pi * step / tuning.steps))
-        shares = student.set_weights(hard=False)
+        pulls = student.soften_weights(_beta(tuning, step))
         far = tuning.global_weight > 0 and step % tuning.global_every == 0
         parts = terms.measure(*draw(), mixed=True, far=far, coin=generator)
         loss = terms.total(parts)
-        loss = loss + _pull(shares, tuning, step)
+        if pulls:
+            loss = loss + tuning.regularizer * torch.stack(pulls).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward(inputs=learned)
         optimizer.step()
@@ -230,7 +231,7 @@ def _norms(
 ) -> dict[str, float]:
     """Each term at round-to-nearest on the first mini-batch."""
     student.eval()
-    student.set_weights(hard=True)
+    student.set_weights()
     with torch.no_grad():
         found = terms.measure(
             bucket, picks, mixed=False, far=terms.tuning.global_weight > 0, coin=coin
@@ -238,15 +239,13 @@ def _norms(
     return {name: float(value) for name, value in found.items()}
 
 
-def _pull(shares: list[Tensor], tuning: Tuning, step: int) -> Tensor:
-    """The regulariser at a step; zero during the warm-up and for the straight-through method."""
+def _beta(tuning: Tuning, step: int) -> float | None:
+    """The penalty's exponent at a step; None in the warm-up and for the straight-through method."""
     at = step / max(1, tuning.steps)
     if tuning.method == "ste" or at < tuning.warmup or tuning.regularizer == 0:
-        return torch.zeros(())
+        return None
     progress = (at - tuning.warmup) / max(1e-9, 1 - tuning.warmup)
-    beta = tuning.beta_start + (tuning.beta_end - tuning.beta_start) * progress
-    parts = [penalty(share, beta) for share in shares]
-    return tuning.regularizer * torch.stack(parts).sum() if parts else torch.zeros(())
+    return tuning.beta_start + (tuning.beta_end - tuning.beta_start) * progress
 
 
 def _harden(student: Student, tuning: Tuning, step: int) -> None:

@@ -122,17 +122,20 @@ class Student:
         for step, value in zip(self.steps(), kept.steps, strict=True):
             step.copy_(value)
 
-    def set_weights(self, *, hard: bool) -> list[Tensor]:
-        """Round all weights, softly or for good; return the shares h."""
-        values: dict[int, Tensor] = {}
-        shares = []
-        for rounding in self.unique():
-            share = rounding.hard() if hard else rounding.share()
-            shares.append(share)
-            values[id(rounding)] = rounding.weight(share)
+    def set_weights(self) -> None:
+        """Round all weights for good."""
+        values = {id(r): r.weight(r.hard()) for r in self.unique()}
+        self._hold(values)
+
+    def soften_weights(self, beta: float | None) -> list[Tensor]:
+        """Give all weights their soft choices; return the penalties on them (0 without `beta`)."""
+        made = {id(r): r.soft(beta) for r in self.unique()}
+        self._hold({key: weight for key, (weight, _) in made.items()})
+        return [pull for _, pull in made.values()]
+
+    def _hold(self, values: dict[int, Tensor]) -> None:
         for name, rounding in self.roundings.items():
             self.held[name].value = values[id(rounding)]
-        return shares
 
     def train(self, *, drop: float, generator: torch.Generator) -> None:
         """Let a share of activation elements stay float."""

@@ -108,7 +108,7 @@ def warm_start(problem: Problem, how: Warm, *, batch: int = 32) -> int:
     """
     student = problem.student
     student.eval()
-    student.set_weights(hard=True)
+    student.set_weights()
     done = 0
     for together in _places(problem, how):
         for place, gram in _sums(problem, together, batch):
@@ -121,7 +121,7 @@ def warm_start(problem: Problem, how: Warm, *, batch: int = 32) -> int:
                 continue
             place.rounding.restart(found.codes, found.target)
             done += 1
-        student.set_weights(hard=True)
+        student.set_weights()
     return done
 
 

@@ -4,7 +4,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qgraph.calibration.rounding import FakeAffine, FakeFixed, Rounding, coins, penalty
+from qgraph.calibration.rounding import (
+    FakeAffine,
+    FakeFixed,
+    Rounding,
+    coins,
+    penalty,
+    select,
+)
 from qgraph.formats import AffineEncoding, IntGrid
 from qgraph.formats.dual_region import dual_region
 from qgraph.formats.power_of_two import power_of_two
@@ -124,3 +131,48 @@ def test_coins_are_fair_and_repeatable():
     toss = coins(torch.Size([1000, 33]), torch.Generator().manual_seed(1), 0.25)
     assert 0.24 < float(toss.float().mean()) < 0.26
     assert torch.equal(toss, coins(torch.Size([1000, 33]), torch.Generator().manual_seed(1), 0.25))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), beta=st.sampled_from([None, 2.0, 5.5, 20.0]))
+def test_the_fused_weight_has_the_gradients_of_its_formula(seed: int, beta: float | None) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(6, 9, generator=generator)
+    scale = torch.rand(6, generator=generator) / 4 + 0.05
+    weight[:, 0] = 3 * scale  # exactly on a level: free to leave it
+    encoding = AffineEncoding(
+        scale=scale, zero_point=torch.zeros(6, dtype=torch.int32), qmin=-8, qmax=7, axis=0
+    )
+    rounding = Rounding(weight, encoding)
+    rounding.freeze(0.3)
+    wanted = torch.randn(6, 9, generator=generator)
+    share = rounding.share()
+    plain = (rounding.weight(share) * wanted).sum()
+    if beta is not None:
+        plain = plain + 0.3 * penalty(share, beta)
+    made, pull = rounding.soft(beta)
+    fused = (made * wanted).sum() + 0.3 * pull
+    assert torch.equal(made, rounding.weight(rounding.share()))
+    (expected,) = torch.autograd.grad(plain, rounding.variable)
+    (found,) = torch.autograd.grad(fused, rounding.variable)
+    torch.testing.assert_close(fused, plain)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert float(expected.abs().max()) > 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), turned=st.booleans())
+def test_selecting_by_bits_is_where(seed: int, turned: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    first, second = torch.randn(2, 7, 5, generator=generator)
+    first[0, 0], second[1, 1], first[2, 2], second[3, 3] = torch.inf, -torch.inf, torch.nan, -0.0
+    keep = torch.rand(7, 5, generator=generator) < 0.5
+    if turned:
+        first, second, keep = first.t(), second.t(), keep.t()
+    for dtype in (torch.float32, torch.float64):
+        a, b = first.to(dtype), second.to(dtype)
+        expected, found = torch.where(keep, a, b), select(keep, a, b)
+        assert found.dtype == dtype
+        assert torch.equal(expected.isnan(), found.isnan())
+        assert torch.equal(expected.nan_to_num(9.0), found.nan_to_num(9.0))
+        assert torch.equal(expected.signbit(), found.signbit())
