@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils._pytree import tree_leaves
 
 from qgraph.graph.edges import Path
 from qgraph.graph.plan import Plan
 from qgraph.graph.provenance import module_path, source_line
-from qgraph.graph.verify import Sample, Tap, record_values
+from qgraph.graph.verify import Sample, Tap
 from qgraph.report.distributions import Distribution
 from qgraph.report.plain import number, plain
 
@@ -86,13 +88,45 @@ def measure(
 
     `taps` see all values of the two graphs in passing.
     """
-    before = record_values(reference, sample, names, taps[0])
-    after = record_values(quantized, sample, names, taps[1])
-    return {
-        name: sqnr(value, after[name])
-        for name, value in before.items()
-        if name in after and value.is_floating_point() and value.shape == after[name].shape
-    }
+    found: dict[str, float] = {}
+    waiting: dict[str, Tensor] = {}  # of the quantized graph, whose order may differ
+    quantized_values = _named(quantized, sample, names, taps[1])
+    for name, value in _named(reference, sample, names, taps[0]):
+        while name not in waiting:
+            ahead = next(quantized_values, None)
+            if ahead is None:
+                break
+            waiting[ahead[0]] = ahead[1]
+        other = waiting.pop(name, None)
+        if other is not None and value.is_floating_point() and value.shape == other.shape:
+            found[name] = sqnr(value, other)
+    for _ in quantized_values:  # taps want to see the rest
+        pass
+    return found
+
+
+def _named(
+    module: GraphModule, sample: Sample, names: set[str], tap: Tap | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Values of the nodes of these names, while the graph runs."""
+    for node, value in _walk(module, sample):
+        if isinstance(value, Tensor):
+            if tap is not None:
+                tap(node, value)
+            if node.name in names:
+                yield node.name, value
+
+
+def _walk(module: GraphModule, sample: Sample) -> Iterator[tuple[Node, Any]]:
+    """Each node with its value as the graph runs on the sample; values go when they are used up."""
+    runner = Interpreter(module)
+    runner.args_iter = iter(tree_leaves((sample.args, sample.kwargs)))
+    for node in module.graph.nodes:
+        with torch.no_grad():
+            value = runner.env[node] = runner.run_node(node)
+        yield node, value
+        for used in runner.user_to_last_uses.get(node, []):
+            del runner.env[used]
 
 
 def layer_records(
