@@ -160,23 +160,6 @@ def is_float(node: Node) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def is_constant(node: Node) -> bool:
-    """Whether the value depends on no input: get_attr, or computed from such only.
-
-    Walks upward; for whole-graph questions use `constants`.
-    """
-    pending, seen = [node], set()
-    while pending:
-        item = pending.pop()
-        if item in seen:
-            continue
-        seen.add(item)
-        if item.op == "placeholder":
-            return False
-        pending.extend(item.all_input_nodes)
-    return True
-
-
 def constants(nodes: list[Node]) -> set[Node]:
     """All nodes of a topologically sorted list that depend on no input."""
     found: set[Node] = set()

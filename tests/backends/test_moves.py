@@ -44,6 +44,12 @@ class Joined(nn.Module):
 def behind_input(module: GraphModule, name: str, encoding: Encoding) -> None:
     """Quantize an input where it enters, ahead of all moves."""
     node = next(n for n in module.graph.nodes if n.op == "placeholder" and n.target == name)
+    behind(module, node, encoding)
+
+
+def behind(module: GraphModule, node: Node, encoding: Encoding) -> None:
+    """Quantize a value for all its readers."""
+    name = node.name
     pair = (
         (QUANTIZE, DEQUANTIZE) if isinstance(encoding, AffineEncoding)
         else (QUANTIZE_LEVELS, DEQUANTIZE_LEVELS)
@@ -122,6 +128,34 @@ def test_scales_follow_moves_or_the_product_stays_in_float(name: str) -> None:
     agree(module, x, y)
     # the scales of moved codes are those of the values: compare with the plain formula
     left = move(channels(axis, x.shape[axis]).fake(x))
+    torch.testing.assert_close(integer.lower(module)(x, y), left @ plain().fake(y))
+
+
+CHAINS: dict[str, tuple[Move, set[Role]]] = {
+    "a chain": (lambda x: torch.nn.functional.gelu(x * 0.5 + 0.1), {Role.TABLE}),
+    "with a move": (lambda x: torch.sigmoid(x).reshape(-1, 6), {Role.TABLE, Role.MOVE}),
+    "of two values": (lambda x: torch.tanh(x) + x.flip(0), {Role.FLOAT}),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("encoding", [plain(), table()], ids=["grid", "table"])
+def test_functions_of_one_code_between_quantizers_are_tables(name: str, encoding: Encoding) -> None:
+    torch.manual_seed(0)
+    function, roles = CHAINS[name]
+    x, y = torch.randn(2, 3, 6), torch.randn(6, 5)
+    module = trace(Product(function).eval(), x, y)
+    (multiplied,) = [n for n in module.graph.nodes if "matmul" in str(n.target)]
+    value = multiplied.args[0]
+    behind_input(module, "x", encoding)
+    behind_input(module, "y", plain())
+    behind(module, value, plain(0.01))
+    found = analyze(module)
+    between = [n for n in module.graph.nodes if "aten" in str(n.target) and n is not multiplied]
+    assert {found.roles[n] for n in between} - {Role.SHAPE} >= roles
+    assert (Role.TABLE in {found.roles[n] for n in between}) == (Role.TABLE in roles)
+    agree(module, x, y)
+    left = plain(0.01).fake(function(encoding.fake(x)))
     torch.testing.assert_close(integer.lower(module)(x, y), left @ plain().fake(y))
 
 
