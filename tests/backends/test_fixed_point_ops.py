@@ -48,6 +48,7 @@ TOKENS: dict[str, Callable[[Tensor], Tensor]] = {
     "minus one": lambda x: x - 1,
     "minus another": lambda x: x - x.flip(-1),
     "halved": lambda x: x / 2,
+    "three factors": lambda x: x / 2 + x / 3 - x * 0.1,
     "divided": lambda x: x / (x.abs() + 1),
     "squared": lambda x: x * x,
     "clamped": lambda x: x.clamp(-0.5, 0.7),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from qgraph.backends import integer, reference
+from qgraph.backends.elementary import is_elementary
 from qgraph.backends.levels import same_encoding
 from qgraph.backends.semantics import Role, Semantics, analyze
 from qgraph.formats import AffineEncoding, Encoding, IntGrid, LevelEncoding
@@ -18,6 +19,7 @@ from qgraph.graph.build import insert_call
 from qgraph.graph.dialect import DEQUANTIZE, DEQUANTIZE_LEVELS, QUANTIZE, QUANTIZE_LEVELS
 from qgraph.graph.trace import trace
 from qgraph.passes.insert_quantizers import parameter_nodes
+from tests.backends.single_ops import product_graph
 
 Move = Callable[[Tensor], Tensor]
 
@@ -191,3 +193,26 @@ def test_encodings_are_the_same_by_their_numbers() -> None:
     assert same_encoding(channels(1, 3), channels(1, 3))
     assert not same_encoding(channels(1, 3), channels(2, 3))
     assert not same_encoding(table(), plain())
+
+
+@pytest.mark.parametrize("count", [16, 17])
+def test_so_many_free_scales_along_the_contraction_share_products(count: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (3, count), generator=generator).to(torch.uint8)
+    w = torch.randint(-127, 128, (5, count), generator=generator).to(torch.int8)
+    weight = AffineEncoding.per_tensor(0.5, 0, IntGrid(8, signed=True))
+    module = product_graph(torch.ops.aten.linear.default, (x, channels(1, count)), (w, weight))
+    found = analyze(module)
+    (multiplied,) = calls(found, "linear")
+    assert found.roles[multiplied] is (Role.PRODUCT if count == 16 else Role.FLOAT)
+    if count > 16:
+        assert "17 free scales along the contraction" in found.reasons[multiplied]
+    assert torch.equal(integer.lower(module)(x)[0], reference.lower(module)(x)[0])
+
+
+def test_compilers_may_look_into_ops_that_round_in_one_way_only() -> None:
+    aten = torch.ops.aten
+    for op in (aten.permute.default, aten.split.Tensor, aten.add.Tensor, torch.ops.qgraph.quantize):
+        assert is_elementary(op)
+    for op in (aten.softmax.int, aten.exp.default, aten.mean.dim, aten.layer_norm.default):
+        assert not is_elementary(op)

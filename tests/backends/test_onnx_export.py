@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from qgraph.backends.onnx.export import export
+from qgraph.backends.onnx.finish import narrowest
 from qgraph.backends.onnx.kernels import optimized
 from qgraph.backends.onnx.session import Session
 from qgraph.errors import ExportError, InputError
@@ -189,6 +190,18 @@ def test_native_container_packs_weights_and_keeps_integer_kernels(tmp_path: Path
         }
         torch.testing.assert_close(Session(path, threads=1)(x), module(x), atol=1e-5, rtol=1e-5)
     assert sizes["native", 25] < sizes["native", 21] < sizes["int8", 21]
+
+
+def test_codes_are_packed_in_the_narrowest_type_that_holds_both_ends() -> None:
+    held = {(-2, 1): "INT2", (-3, 1): "INT4", (-2, 2): "INT4", (-8, 7): "INT4", (-9, 7): None,
+            (-8, 8): None}  # fmt: skip
+    for ends, name in held.items():
+        codes = np.array(ends, dtype=np.int8)
+        for opset in (21, 25):
+            found = narrowest(codes, opset)
+            wanted = "INT4" if name == "INT2" and opset == 21 else name
+            assert (found.name if found is not None else None) == wanted
+    assert narrowest(np.array([0, 1], dtype=np.int32), 25) is None
 
 
 def test_wrong_inputs_and_options_are_refused_with_a_reason(tmp_path: Path) -> None:

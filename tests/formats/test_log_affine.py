@@ -277,3 +277,12 @@ def test_tables_that_cannot_be_are_refused() -> None:
         log_affine(one_channel(decoder="shift"))
     with pytest.raises(ConfigError, match="no log-affine format"):
         parameters_of(replace(log_affine(one_channel()), name="another"))
+
+
+def test_codes_and_sides_are_those_of_the_distance_from_the_centre() -> None:
+    parameters = numbers(3, 4)
+    weight = torch.round(laplace(3, 2) * 256) / 256  # exact in fp32, also shifted
+    moved = replace(parameters, centre=torch.tensor([0.5, -0.25]))
+    shifted = weight + torch.tensor([[0.5], [-0.25]])
+    for a, b in zip(side_codes(weight, parameters), side_codes(shifted, moved), strict=True):
+        assert torch.equal(a, b)
