@@ -55,16 +55,13 @@ class CutGraph:
             fed = graph.placeholder(f"fed_{node.name}")
             parameters = [self._parameter(argument) for argument in node.args[1:]]
         fed.meta["val"] = value.meta["val"]
-        rest = {k: v for k, v in node.kwargs.items() if not isinstance(v, Node)}
         readers = list(node.users)
         target: Any = node.target
-        again = insert_call(self.module, target, fed, *parameters, like=node, before=anchor, **rest)
+        again = insert_call(self.module, target, fed, *parameters, like=node, before=anchor)
         for user in readers:
             user.replace_input_with(node, again)
         decode = DEQUANTIZE if node.target is QUANTIZE else DEQUANTIZE_LEVELS
-        return insert_call(
-            self.module, decode, node, *node.args[1:], like=node, before=last, **node.kwargs
-        )  # fmt: skip
+        return insert_call(self.module, decode, node, *node.args[1:], like=node, before=last)
 
     def _parameter(self, argument: Any) -> Any:
         """Read a parameter anew: the original may be read only further down."""
