@@ -34,7 +34,7 @@ versions: $(STAMP)  ## exported files on every onnxruntime from 1.20 on
 	$(BIN)/python -m tests.versions.run
 
 coverage: $(STAMP)  ## branches of formats, graph, passes and backends that no test takes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow and not cuda" --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow and not cuda" --cov --cov-context=test --cov-report=term
 
 test-slow: $(STAMP)  ## the long suites
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow
