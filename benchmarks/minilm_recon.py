@@ -20,7 +20,7 @@ from torch import Tensor
 import qgraph
 from examples.demo_minilm import quality
 from examples.minilm import calibration_batches, evaluation_batches, load_model
-from qgraph.passes import CompensateRounding, InsertQuantizers, ReconstructBlocks
+from qgraph.passes import CompensateRounding, CorrectBiases, InsertQuantizers, ReconstructBlocks
 from qgraph.pipeline import Pass, Pipeline
 from qgraph.report.text import table
 
@@ -32,6 +32,7 @@ def variants(steps: int) -> dict[str, Pass | None]:
     """Name -> the pass behind insert-quantizers."""
     return {
         "to nearest": None,
+        "to nearest, biases corrected": CorrectBiases(),
         "with feedback, each layer alone": CompensateRounding(),
         "with feedback, layer after layer": ReconstructBlocks(steps=0),
         f"the same, {steps} steps learned": ReconstructBlocks(steps=steps),

@@ -8,6 +8,7 @@ from qgraph.passes.center_keys import CenterKeys
 from qgraph.passes.choose_ranges import ChooseRanges
 from qgraph.passes.choose_weight_scales import ChooseWeightScales
 from qgraph.passes.compensate_rounding import CompensateRounding
+from qgraph.passes.correct_biases import CorrectBiases
 from qgraph.passes.drop_noops import DropNoops
 from qgraph.passes.fold_batch_norm import FoldBatchNorm
 from qgraph.passes.fold_key_signs import FoldKeySigns
@@ -49,6 +50,7 @@ ALL: tuple[type[Pass], ...] = (
     ChooseWeightScales,
     InsertQuantizers,
     CompensateRounding,
+    CorrectBiases,
     TuneRanges,
     ReconstructBlocks,
     HoistQuantizers,
@@ -65,6 +67,7 @@ __all__ = [
     "ChooseRanges",
     "ChooseWeightScales",
     "CompensateRounding",
+    "CorrectBiases",
     "DropNoops",
     "FoldBatchNorm",
     "FoldKeySigns",

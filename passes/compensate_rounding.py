@@ -19,7 +19,7 @@ from qgraph.context import Context
 from qgraph.errors import ConfigError
 from qgraph.formats import Encoding
 from qgraph.graph.build import attribute
-from qgraph.graph.dialect import encoding_of, is_dequantize, is_quantize
+from qgraph.graph.dialect import encoding_of, quantizer_of
 from qgraph.graph.ops import OpKind, product
 from qgraph.graph.plan import Role
 from qgraph.graph.requests import Request
@@ -76,7 +76,7 @@ class CompensateRounding(Pass):
             what = product(node)
             if what is None or node.target is not torch.ops.aten.linear.default:
                 continue
-            weight, data = _quantizer(node.args[what.weight]), _quantizer(node.args[what.data])
+            weight, data = quantizer_of(node.args[what.weight]), quantizer_of(node.args[what.data])
             source = None if weight is None else weight.args[0]
             if not isinstance(source, Node) or source.op != "get_attr" or weight is None:
                 continue
@@ -128,15 +128,6 @@ class CompensateRounding(Pass):
         found = None if seen is None else seen.find(Reservoir, axis=-1, rows=self.rows)
         rows = None if found is None else found.sampled()
         return None if rows is None or rows.shape[0] < 2 * HELD_OUT else rows
-
-
-def _quantizer(argument: object) -> Node | None:
-    """The quantize node behind a dequantized operand."""
-    if isinstance(argument, Node) and is_dequantize(argument):
-        source = argument.args[0]
-        if isinstance(source, Node) and is_quantize(source):
-            return source
-    return None
 
 
 def _error(

@@ -112,6 +112,12 @@ def is_dequantize(node: object) -> bool:
     return isinstance(node, Node) and node.op == "call_function" and node.target in DEQUANTIZERS
 
 
+def quantizer_of(operand: object) -> Node | None:
+    """The quantize node behind a dequantized operand; None for float ones and stored codes."""
+    source = operand.args[0] if isinstance(operand, Node) and is_dequantize(operand) else None
+    return source if isinstance(source, Node) and is_quantize(source) else None
+
+
 def result_dtype(node: Node) -> torch.dtype | None:
     """Dtype of a dialect op's result, which has the sizes of its input; None for other ops."""
     if node.target in DEQUANTIZERS:
