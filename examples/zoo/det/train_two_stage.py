@@ -48,7 +48,7 @@ def head_loss(outputs: tuple[Tensor, Tensor], proposals: Tensor, batch: Batch) -
     size = (proposals[..., 2:] - proposals[..., :2]).clamp(min=1.0)
     anchors = torch.cat([(proposals[..., :2] + proposals[..., 2:]) / 2, size], -1)[positive]
     target = encode_deltas(wanted, anchors) / torch.tensor(SPREAD)
-    own = deltas.unflatten(-1, (len(CLASSES), 4))[positive]
+    own = deltas.unflatten(1, (-1, len(CLASSES)))[positive]
     made = own[torch.arange(len(own)), labels[positive] - 1]
     return classes + F.smooth_l1_loss(made, target, beta=0.25)
 

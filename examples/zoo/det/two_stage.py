@@ -20,7 +20,7 @@ from examples.zoo.det.data import IMAGE_SIZE, Target, batches
 from examples.zoo.det.model import STRIDES, Backbone, Layout, Pyramid
 from examples.zoo.det.weights import WEIGHTS, load_model
 from examples.zoo.splits import Split
-from qgraph.calibration.boxes import suppress
+from qgraph.calibration.boxes import Detections, detect, suppress
 
 PROPOSALS, BINS, HIDDEN = 32, 5, 128
 # Deltas are learned in these units (centre, size), so that both parts of the loss weigh alike.
@@ -51,7 +51,8 @@ class TwoStage(nn.Module):
             rows, columns: pooling weights fp32 [B, K, BINS, H / 8] and [B, K, BINS, W / 8].
 
         Returns:
-            Class logits [B, K, 1 + classes], 0 is background, and deltas [B, K, 4 * classes].
+            Class logits [B, K, 1 + classes], 0 is background, and deltas [B, K * classes, 4], those
+            of a proposal side by side.
         """
         return self.judge(self.neck(self.backbone(pixel_values))[0], rows, columns)
 
@@ -63,7 +64,7 @@ class TwoStage(nn.Module):
         cut = cut.reshape(batch, count, BINS * level.shape[1], level.shape[3])
         pooled = torch.matmul(cut, columns.transpose(2, 3)).flatten(2)
         hidden = torch.relu(self.second(torch.relu(self.first(pooled))))
-        return self.classes(hidden), self.boxes(hidden)
+        return self.classes(hidden), self.boxes(hidden).reshape(batch, -1, 4)
 
 
 def pooling(boxes: Tensor, axis: int) -> Tensor:
@@ -106,16 +107,44 @@ def proposed_batches(
         yield inputs_of(inputs["pixel_values"], proposals), targets, proposals
 
 
+def moved(deltas: Tensor, anchors: Tensor) -> Tensor:
+    """Corner boxes of (centre, size) anchors [..., 4] moved by a head's deltas [..., 4]."""
+    made = decode_deltas((deltas * torch.tensor(SPREAD)).reshape(1, -1, 4), anchors.reshape(-1, 4))
+    return made.reshape(deltas.shape)
+
+
 def refined(deltas: Tensor, proposals: Tensor) -> Tensor:
-    """Corner boxes [B, K, classes, 4]: proposals [B, K, 4] moved by [B, K, 4 * classes]."""
-    classes = deltas.shape[-1] // 4
+    """Corner boxes [B, K * classes, 4] of proposals [B, K, 4], in the order of the deltas."""
     size = proposals[..., 2:] - proposals[..., :2]
-    centre = proposals[..., :2] + size / 2
-    anchors = torch.cat([centre, size.clamp(min=1.0)], -1).unsqueeze(2).expand(-1, -1, classes, 4)
-    moves = deltas.unflatten(-1, (classes, 4)) * torch.tensor(SPREAD)
-    shape = moves.shape
-    made = decode_deltas(moves.reshape(1, -1, 4), anchors.reshape(-1, 4))
-    return made.reshape(shape)
+    anchors = torch.cat([proposals[..., :2] + size / 2, size.clamp(min=1.0)], -1)
+    return moved(deltas, anchors.repeat_interleave(deltas.shape[1] // anchors.shape[1], dim=1))
+
+
+@torch.no_grad()
+def two_stage_detections(
+    outputs: tuple[Tensor, Tensor], proposals: Tensor
+) -> list[Detections]:  # fmt: skip
+    """Decode and suppress any backend's outputs; one `Detections` per image.
+
+    A pair of proposal and class is a row, so that suppression sees the box of that class.
+    """
+    logits, deltas = (torch.as_tensor(x) for x in outputs)
+    scores = logits.softmax(-1)[..., 1:]
+    count = scores.shape[-1]
+    rows = (scores.unsqueeze(-1) * torch.eye(count)).flatten(1, 2)
+    return detect(rows, refined(deltas, proposals).clamp(0, IMAGE_SIZE))
+
+
+def relative_predictions(outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Outputs for the filtered global loss: a row per proposal and class, one logit, one box.
+
+    Boxes are relative to their proposal. Overlaps do not depend on where it lies, so it need not be
+    known.
+    """
+    logits, deltas = outputs
+    scores = logits.float().softmax(-1)[..., 1:].flatten(1).unsqueeze(-1)
+    unit = torch.tensor([0.5, 0.5, 1.0, 1.0]).expand(deltas.shape)
+    return torch.logit(scores, eps=1e-6), moved(deltas, unit)
 
 
 def load_two_stage(weights: Path | None = None) -> TwoStage:
