@@ -20,7 +20,7 @@ from examples.zoo.log import append
 from examples.zoo.splits import SPLITS, Split
 from qgraph.calibration.boxes import Detections
 
-CALIBRATION_SAMPLES = 128
+CALIBRATION_SAMPLES = 256
 Model = Callable[..., tuple[Tensor, ...]]
 
 
