@@ -63,12 +63,8 @@ class CompensateRounding(Pass):
         asked: dict[Node, Request] = {}
         for site in context.plan:
             if site.role is Role.ACTIVATION and site.edge.consumer in linears:
-                asked[site.value] = self._request(site.value)
+                asked[site.value] = row_request(site.value, -1, self.rows, self.per_sample)
         yield from asked.values()
-
-    def _request(self, value: Node) -> Request:
-        options = (("axis", -1), ("rows", self.rows), ("per_sample", self.per_sample))
-        return Request(value, "Reservoir", options)
 
     def run(self, module: GraphModule, context: Context) -> bool:  # noqa: D102
         changed = False
@@ -90,7 +86,7 @@ class CompensateRounding(Pass):
         self, module: GraphModule, context: Context, place: tuple[Node, Node, Node | None]
     ) -> bool:
         node, quantize, data = place
-        rows = None if data is None else self._rows(context, data)
+        rows = input_rows(context, data, -1, rows=self.rows, least=2 * HELD_OUT)
         if rows is None or data is None:
             context.record(self.name, node, "kept", "no rows of its input were sampled")
             return False
@@ -122,12 +118,23 @@ class CompensateRounding(Pass):
         context.record(self.name, node, "applied", "the held-out error fell", **numbers)
         return True
 
-    def _rows(self, context: Context, data: Node) -> Tensor | None:
-        value = data.args[0]
-        seen = context.statistics.get(value) if isinstance(value, Node) else None
-        found = None if seen is None else seen.find(Reservoir, axis=-1, rows=self.rows)
-        rows = None if found is None else found.sampled()
-        return None if rows is None or rows.shape[0] < 2 * HELD_OUT else rows
+
+def row_request(value: Node, axis: int, rows: int, per_sample: int) -> Request:
+    """Ask the sweep for rows of a product's input."""
+    return Request(
+        value, "Reservoir", (("axis", axis), ("rows", rows), ("per_sample", per_sample))
+    )  # fmt: skip
+
+
+def input_rows(
+    context: Context, quantize: Node | None, axis: int, *, rows: int, least: int
+) -> Tensor | None:
+    """The rows that `row_request` asked for, fp32 [N, C]; None if fewer than `least` came."""
+    value = None if quantize is None else quantize.args[0]
+    seen = context.statistics.get(value) if isinstance(value, Node) else None
+    found = None if seen is None else seen.find(Reservoir, axis=axis, rows=rows)
+    sampled = None if found is None else found.sampled()
+    return None if sampled is None or sampled.shape[0] < least else sampled
 
 
 def _error(

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qgraph.calibration import Reservoir
 from qgraph.calibration.output_ranges import row_importance
 from qgraph.context import Context
 from qgraph.errors import ConfigError
@@ -21,6 +20,7 @@ from qgraph.graph.edges import Edge
 from qgraph.graph.ops import OpKind, argument, kind, product
 from qgraph.graph.plan import Role, Site
 from qgraph.graph.requests import Request
+from qgraph.passes.compensate_rounding import input_rows, row_request
 from qgraph.pipeline import Fact, Pass, Promise
 
 HELD_OUT = 2  # one row of so many judges
@@ -63,11 +63,9 @@ class CorrectBiases(Pass):
         asked: dict[Node, Request] = {}
         for site in context.plan:
             if site.role is Role.ACTIVATION and site.kind in KINDS:
-                asked[site.value] = Request(site.value, "Reservoir", self._options(_axis(site)))
+                axis = _axis(site)
+                asked[site.value] = row_request(site.value, axis, self.rows, self.per_sample)
         yield from asked.values()
-
-    def _options(self, axis: int) -> tuple[tuple[str, int], ...]:
-        return (("axis", axis), ("rows", self.rows), ("per_sample", self.per_sample))
 
     def run(self, module: GraphModule, context: Context) -> bool:  # noqa: D102
         axes = {s.edge.consumer: _axis(s) for s in context.plan if s.role is Role.ACTIVATION}
@@ -87,7 +85,7 @@ class CorrectBiases(Pass):
         data, weight = quantizer_of(node.args[what.data]), quantizer_of(node.args[what.weight])
         bias = node.args[what.bias] if what.bias < len(node.args) else None
         reason = _obstacle(node, data, weight, bias)
-        rows = None if reason or data is None else self._rows(context, data, axis)
+        rows = input_rows(context, data, axis, rows=self.rows, least=2 * HELD_OUT)
         if reason or rows is None:
             context.record(self.name, node, "kept", reason or "no rows of its input were sampled")
             return False
@@ -112,13 +110,6 @@ class CorrectBiases(Pass):
         Edge(node, (what.bias,)).redirect(stored)
         context.record(self.name, node, "applied", "the held-out error fell", **numbers)
         return True
-
-    def _rows(self, context: Context, data: Node, axis: int) -> Tensor | None:
-        value = data.args[0]
-        seen = context.statistics.get(value) if isinstance(value, Node) else None
-        found = None if seen is None else seen.find(Reservoir, axis=axis, rows=self.rows)
-        rows = None if found is None else found.sampled()
-        return None if rows is None or rows.shape[0] < 2 * HELD_OUT else rows
 
 
 def _mean(lost: Tensor, power: Tensor) -> Tensor:

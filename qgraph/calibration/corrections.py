@@ -110,9 +110,9 @@ def learn_corrections(graph: GraphModule, inputs: tuple[Tensor, ...]) -> Correct
 
 @torch.no_grad()
 def write_corrections(module: GraphModule, made: Corrections) -> None:
-    """Give a quantized graph the corrected biases and scales."""
+    """Give a quantized graph the corrected biases and scales; what never moved stays."""
     for node in list(module.graph.nodes):
-        if node.name in made.shifts:
+        if node.name in made.shifts and bool(made.shifts[node.name].change.any()):
             bias, what = _bias(node), product(node)
             assert bias is not None
             assert what is not None
@@ -120,7 +120,7 @@ def write_corrections(module: GraphModule, made: Corrections) -> None:
             value = made.shifts[node.name](attribute(module, str(bias.target))).detach()
             stored = insert_buffer(module, f"{bias.target}_corrected", value, before=node)
             Edge(node, (what.bias,)).redirect(stored)
-        if node.name in made.stretches:
+        if node.name in made.stretches and bool(made.stretches[node.name].change.any()):
             scale = encoding_of(module, node).scale
             value = (scale * made.stretches[node.name].change.exp()).detach()
             Edge(node, (1,)).redirect(

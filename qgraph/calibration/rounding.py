@@ -254,8 +254,8 @@ class FakeFixed(torch.autograd.Function):
 def select(keep: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """``torch.where`` for random masks, bit for bit; fp32 tensors by their bits.
 
-    A choice per element is a branch that a random mask defeats; three integer operations on whole
-    vectors take a quarter of the time. Infinities stay what they are, which a blend would not do.
+    A choice per element is a branch that a random mask defeats; three integer operations go through
+    in whole vectors. Infinities stay what they are, which a blend would not do.
     """
     if first.dtype != torch.float32 or second.dtype != torch.float32:
         return torch.where(keep, first, second)

@@ -2,16 +2,9 @@
 import torch
 from torch import nn
 
-from qgraph.calibration.loader import adapter
-from qgraph.calibration.sample import small_sample
-from qgraph.context import Context
 from qgraph.graph.dialect import is_quantize
-from qgraph.graph.trace import trace
 from qgraph.passes import CompensateRounding
-from qgraph.pipeline import run_pipeline
-from qgraph.pipelines import pipeline
-
-NAME = CompensateRounding.name
+from tests.passes.rounding import rounded
 
 
 def network(seed=0):
@@ -26,18 +19,8 @@ def data(seed=0, count=6):
     return [torch.randn(16, 10, 24, generator=generator) @ mix * 0.3 for _ in range(count)]
 
 
-def compiled(model, *items, batches=None, bits="w3a8"):
-    batches = batches or data()
-    module = trace(model, batches[0])
-    chosen = pipeline(bits, scope="linear", ends_bits=3)
-    for item in items:
-        chosen = chosen.insert_after("insert-quantizers", item)
-    context = Context(
-        sample=small_sample(module, (batches[0],), {}, dynamic=True), batches=batches,
-        adapt=adapter(module), facts=frozenset({"traced"}),
-    )  # fmt: skip
-    run_pipeline(chosen, module, context)
-    return module, [d for d in context.decisions if d.by == NAME]
+def compiled(model, *items, batches=None):
+    return rounded(model, batches or data(), *items, scope="linear")
 
 
 def error(module, model):

@@ -8,17 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from qgraph.calibration.loader import adapter
-from qgraph.calibration.sample import small_sample
-from qgraph.context import Context, Decision
+from qgraph.context import Decision
 from qgraph.errors import ConfigError
 from qgraph.graph.build import attribute
-from qgraph.graph.trace import trace
 from qgraph.passes import CompensateRounding, CorrectBiases, correct_biases
-from qgraph.pipeline import Pass, run_pipeline
-from qgraph.pipelines import pipeline
-
-NAME = CorrectBiases.name
+from qgraph.pipeline import Pass
+from tests.passes.rounding import rounded
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -34,19 +29,10 @@ def rows(seed: int = 0, count: int = 6) -> list[Tensor]:
 
 
 def compiled(
-    model: nn.Module, *items: Pass, batches: list[Tensor] | None = None, bits: str = "w3a8"
+    model: nn.Module, *items: Pass, batches: list[Tensor] | None = None
 ) -> tuple[GraphModule, list[Decision]]:
-    batches = batches or rows()
-    module = trace(model, batches[0])
-    chosen = pipeline(bits, ends_bits=3)
-    for item in reversed(items):
-        chosen = chosen.insert_after("insert-quantizers", item)
-    context = Context(
-        sample=small_sample(module, (batches[0],), {}, dynamic=True), batches=batches,
-        adapt=adapter(module), facts=frozenset({"traced"}),
-    )  # fmt: skip
-    run_pipeline(chosen, module, context)
-    return module, [d for d in context.decisions if d.by == NAME]
+    module, decisions = rounded(model, batches or rows(), *items)
+    return module, [d for d in decisions if d.by == CorrectBiases.name]
 
 
 def shift(module: GraphModule, model: nn.Module, seed: int = 1) -> Tensor:
