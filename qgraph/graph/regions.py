@@ -13,13 +13,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
 from torch.fx import GraphModule, Node
 
 from qgraph.errors import unknown_name
 from qgraph.graph.extract import is_size, is_tensor
 from qgraph.graph.ops import OpKind, constants, kind, product
 from qgraph.graph.provenance import module_path
+from qgraph.graph.row_order import first_size, is_batch, rows_by_sample
 
 Granularity = Literal["layer", "subblock", "block", "stage", "auto"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
@@ -64,6 +64,7 @@ class _Order:
         self.weights = [n for n in self.calls if has_weight(n, self.fixed)]
         self.moving = downstream(nodes, self.weights, starts)
         self.last = {node: self._last_use(node) for node in self.calls}
+        self.by_rows = rows_by_sample(nodes)
 
     def _last_use(self, node: Node) -> int:
         """Position of the last call that reads the value; outputs hold nothing back."""
@@ -82,6 +83,21 @@ class _Order:
                 alive.pop(gone, None)
             found.append(list(alive))
         return found
+
+    def cuttable(self, live: list[list[Node]]) -> list[bool]:
+        """Per position, whether all that later calls read can be stored sample by sample.
+
+        Multiples of the batch alone, as [windows * batch, ...], do not say how many samples there
+        are; one of the values must show the batch as it is.
+        """
+        good, until = [], 0
+        for position, (node, alive) in enumerate(zip(self.calls, live, strict=True)):
+            if not is_size(node) and node not in self.by_rows:
+                until = max(until, self.last[node])
+            known = [first_size(n) for n in alive if first_size(n) is not None]
+            counted = not known or any(is_batch(size) for size in known)
+            good.append(position >= until and counted)
+        return good
 
 
 def has_weight(node: Node, fixed: set[Node]) -> bool:
@@ -113,21 +129,9 @@ def cut_points(
 
 
 def _cuts(order: _Order, width: int) -> list[int]:
-    return [
-        i
-        for i, alive in enumerate(order.live())
-        if 1 <= len(alive) <= width and all(batch_first(n) for n in alive)
-    ]
-
-
-def batch_first(node: Node) -> bool:
-    """Whether only the first axis grows with the batch, so that rows belong to samples."""
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or value.ndim == 0:
-        return False
-    if all(isinstance(size, int) for size in value.shape):
-        return True
-    return isinstance(value.shape[0], torch.SymInt)
+    live = order.live()
+    possible = order.cuttable(live)
+    return [i for i, alive in enumerate(live) if 1 <= len(alive) <= width and possible[i]]
 
 
 def find_regions(
@@ -181,7 +185,11 @@ def _spans(ends: Sequence[int], length: int) -> list[Span]:
 def _by_layer(order: _Order) -> list[Span]:
     """A region per weight, with what comes before it; never through a tuple."""
     live = order.live()
-    ends = [order.at[w] for w in order.weights if all(is_tensor(n) for n in live[order.at[w]])]
+    possible = order.cuttable(live)
+    ends = [
+        at for at in (order.at[w] for w in order.weights)
+        if possible[at] and all(is_tensor(n) for n in live[at])
+    ]  # fmt: skip
     return _spans(ends[:-1], len(order.calls))
 
 

@@ -182,6 +182,34 @@ def test_a_unet_is_cut_with_more_live_values_where_no_single_one_closes():
     assert torch.equal(run_by_regions(module, regions, (x,))[0], module(x))
 
 
+class TokensFirst(nn.Module):
+    """Attention over [tokens, batch, channels], or over [batch, tokens, channels]."""
+
+    def __init__(self, axis):
+        super().__init__()
+        self.axis = axis
+        self.embed, self.first, self.second, self.last = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x, keep):
+        mask = keep.movedim(0, self.axis)
+        x = self.embed(x).movedim(0, self.axis)
+        rows = self.second(F.relu(self.first(x.flatten(0, 1))))
+        x = (x + rows.view_as(x)) * mask
+        return self.last(F.relu(x.movedim(self.axis, 0))) + keep
+
+
+@pytest.mark.parametrize(("axis", "count"), [(0, 4), (1, 1)])
+def test_no_region_ends_where_rows_are_sorted_by_token(axis, count):
+    args = (torch.randn(2, 3, 4), torch.ones(2, 3, 1))
+    module = graph_of(TokensFirst(axis), *args)
+    regions = find_regions(module, "layer")
+    assert len(regions) == count
+    args = (torch.randn(5, 3, 4), torch.rand(5, 3, 1))
+    assert torch.equal(run_by_regions(module, regions, args)[0], module(*args))
+    for region in find_regions(module, "subblock"):
+        extract(module, region.inputs, region.outputs)
+
+
 def test_extraction_shares_tensors_and_refuses_missing_inputs():
     module, _ = transformer()
     region = find_regions(module, "block")[1]
