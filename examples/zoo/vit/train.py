@@ -84,10 +84,10 @@ def main() -> None:
     """Train one model and write its weights."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kind", choices=KINDS, required=True)
-    parser.add_argument("--images", type=int, default=25_000)
-    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--images", type=int, default=50_000)
+    parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--minutes", type=float, default=15.0, help="limit of CPU time")
+    parser.add_argument("--minutes", type=float, default=45.0, help="limit of CPU time")
     parser.add_argument("--peak-lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
