@@ -107,7 +107,8 @@ def choose_range_for_output(  # noqa: PLR0913 - all options are keyword-only
         relative: power of each row's own output energy that its error is divided by; 0 weighs
             all rows alike. See `row_importance`.
         bits, signed, symmetric, narrow: as in `choose_range`.
-        projections: outputs are projected to so many random directions; None: exact.
+        projections: outputs are projected to so many random directions, unless the layer has no
+            more inputs than that: a root of its Gram matrix says the same; None: exact.
         schedule: how finely the ends are searched.
 
     0 always lies inside; of equally good ranges the largest is taken.
@@ -128,8 +129,9 @@ def choose_range_for_output(  # noqa: PLR0913 - all options are keyword-only
         return low, high
     weight = weight.detach().to(rows)
     factor = _root(weight) if is_gram else weight
-    if projections is not None:
-        factor = sketch(factor, projections)
+    if projections is not None and len(factor) > projections:
+        exact = factor.shape[1] <= projections  # as of an image's three channels
+        factor = _root(factor.T @ factor) if exact else sketch(factor, projections)
     grid = IntGrid(bits, signed, narrow)
     codes = CodeRange(grid.qmin, grid.qmax, symmetric)
 

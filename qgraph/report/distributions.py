@@ -23,7 +23,7 @@ from qgraph.graph.plan import Plan, Site
 from qgraph.report.plain import number, plain
 
 BINS, MARGIN = 48, 0.12
-KEPT = 1 << 14  # values per operand that are looked at, at a fixed stride
+KEPT = 1 << 13  # values per operand that are looked at, at a fixed stride
 MAX_LEVELS = 64
 
 
@@ -85,6 +85,8 @@ class Taps:
     def __init__(self, wanted: Mapping[str, Encoding]) -> None:
         self.wanted = wanted
         self.kept: dict[str, tuple[Tensor, torch.Size]] = {}
+        # one block: small copies between large values that come and go would hold on to these
+        self._room = torch.empty(len(wanted), KEPT)
 
     def __call__(self, node: Node, value: Tensor) -> None:
         """Look at a value."""
@@ -94,7 +96,9 @@ class Taps:
         units = value.detach().float() if encoding.scale.ndim == 0 else _units(value, encoding)
         if units is not None:
             flat = units.reshape(-1)
-            self.kept[node.name] = flat[:: max(1, flat.numel() // KEPT)].clone(), value.shape
+            picked = flat[:: -(-flat.numel() // KEPT)]
+            kept = self._room[len(self.kept), : len(picked)].copy_(picked)
+            self.kept[node.name] = kept, value.shape
 
 
 def _units(value: Tensor, encoding: Encoding) -> Tensor | None:
