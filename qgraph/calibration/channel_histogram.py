@@ -58,6 +58,8 @@ class ChannelHistogram(Statistic):
         peak = values.abs().amax(0)
         reach = torch.frexp(peak).exponent.clamp_(min=MIN_EXPONENT).to(torch.int32)
         reach = torch.where(peak > 0, reach, MIN_EXPONENT)
+        if self.exponent is not None:  # bins nest: counting in the wide ones is widening for free
+            reach = torch.maximum(reach, self.exponent)
         index = self._column(values, reach)
         columns = 2 * self.half + 1
         index += torch.arange(channels, device=values.device) * columns
