@@ -75,7 +75,9 @@ def measure(
             "float": case.model, "reference": model, "integer": lowered,
             "onnx": onnx_backend.lower(graph),
         }  # fmt: skip
-        metrics = {who: round(METRICS[name](run, scored), 3) for who, run in runners.items()}
+        metrics = {
+            who: round(METRICS[name](run, "development", scored), 3) for who, run in runners.items()
+        }
     rows = lowered.explain()
     return {
         "model": name, "pipeline": pipeline, "ms": {k: round(v, 2) for k, v in times.items()},

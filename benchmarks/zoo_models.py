@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from benchmarks.onnx_models import Case
 from examples.zoo import ris, sam, sirst, vit
+from examples.zoo.splits import Split
 
 Batches = Iterable[tuple[dict[str, Tensor], Any]]
-Metric = Callable[[Callable[..., Any], int], float]
+Metric = Callable[[Callable[..., Any], Split, int], float]
 
 
 def _images(split: str, count: int, size: int) -> Batches:
@@ -40,9 +41,9 @@ def _case(name: str, num_batches: int) -> Case:
 
 
 ZOO: dict[str, Callable[[int], Case]] = {name: partial(_case, name) for name in _ZOO}
-METRICS: dict[str, Metric] = {
-    "zoo-ris": lambda model, count: 100 * ris.evaluate(model, "development", count)["miou"],
-    "zoo-vit": lambda model, count: 100 * vit.evaluate(model, "development", count)["accuracy"],
-    "zoo-sam": lambda model, count: 100 * sam.evaluate(model, "development", count)["miou"],
-    "zoo-sirst": lambda model, count: 100 * sirst.evaluate(model, "development", count, 8)["iou"],
+METRICS: dict[str, Metric] = {  # percent
+    "zoo-ris": lambda model, split, count: 100 * ris.evaluate(model, split, count)["miou"],
+    "zoo-vit": lambda model, split, count: 100 * vit.evaluate(model, split, count)["accuracy"],
+    "zoo-sam": lambda model, split, count: 100 * sam.evaluate(model, split, count)["miou"],
+    "zoo-sirst": lambda model, split, count: 100 * sirst.evaluate(model, split, count, 8)["iou"],
 }
