@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,15 +30,20 @@ ROOT = Path(__file__).parents[2]
 exporting = importlib.import_module("qgraph.backends.onnx.export")  # the package has it as a call
 
 
-@pytest.fixture
-def small_files():
-    """No file may grow beyond 64 KiB: what a full disk or a quota does to a writer."""
+@contextmanager
+def small_files() -> Iterator[None]:
+    """No file may grow beyond 64 KiB: what a full disk or a quota does to a writer.
+
+    No fixture: between a test's phases others write too, such as coverage its data.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.fixture(scope="module")
@@ -45,30 +51,34 @@ def big():
     return wide(0)
 
 
-def test_no_space_for_a_saved_model_leaves_the_old_file_and_nothing_else(tmp_path, big, request):
+def test_no_space_for_a_saved_model_leaves_the_old_file_and_nothing_else(tmp_path, big):
     path = tmp_path / "whole.qgraph"
     path.write_bytes(b"the old file")
-    request.getfixturevalue("small_files")
-    with pytest.raises(ExportError, match=r"whole\.qgraph: cannot be written: File too large"):
+    with (
+        small_files(),
+        pytest.raises(ExportError, match=r"whole\.qgraph: cannot be written: File too large"),
+    ):
         big.save(path)
     assert path.read_bytes() == b"the old file"
     assert [p.name for p in tmp_path.iterdir()] == ["whole.qgraph"]
 
 
-def test_no_space_for_an_onnx_file_leaves_the_old_file_and_nothing_else(tmp_path, big, request):
+def test_no_space_for_an_onnx_file_leaves_the_old_file_and_nothing_else(tmp_path, big):
     path = tmp_path / "whole.onnx"
     path.write_bytes(b"the old file")
-    request.getfixturevalue("small_files")
-    with pytest.raises(ExportError, match=r"whole\.onnx"):
+    with small_files(), pytest.raises(ExportError, match=r"whole\.onnx"):
         big.to_onnx(path)
     assert path.read_bytes() == b"the old file"
     assert [p.name for p in tmp_path.iterdir()] == ["whole.onnx"]
 
 
-def test_no_space_for_activations_is_said_before_anything_is_mapped(tmp_path, small_files):
+def test_no_space_for_activations_is_said_before_anything_is_mapped(tmp_path):
     shelf = Shelf(tmp_path, persistent=True)
     shelf.allocate("fits", (100, 4), torch.float32).fill_(1.0)
-    with pytest.raises(CalibrationError, match="4000000 bytes for activations cannot be had"):
+    with (
+        small_files(),
+        pytest.raises(CalibrationError, match="4000000 bytes for activations cannot be had"),
+    ):
         shelf.allocate("does not", (1000, 1000), torch.float32)
     assert [p.name for p in tmp_path.iterdir()] == ["fits.bin"]
 
