@@ -182,7 +182,9 @@ def test_native_container_packs_weights_and_keeps_integer_kernels(tmp_path: Path
         sizes[container, opset] = export(module, path, container=container, opset=opset).size
         kinds = {n.op_type for n in optimized(path).graph.node}
         assert "QGemm" in kinds
-        large = [t for t in onnx.load(path).graph.initializer if np.prod(t.dims) > 256]
+        model = onnx.load(path)
+        assert model.ir_version == (13 if opset == 25 else 10)  # the first that knows INT2
+        large = [t for t in model.graph.initializer if np.prod(t.dims) > 256]
         held = {("int8", 21): "INT8", ("native", 21): "INT4", ("native", 25): "INT2"}
         assert large
         assert {onnx.TensorProto.DataType.Name(t.data_type) for t in large} == {
@@ -202,6 +204,19 @@ def test_codes_are_packed_in_the_narrowest_type_that_holds_both_ends() -> None:
             wanted = "INT4" if name == "INT2" and opset == 21 else name
             assert (found.name if found is not None else None) == wanted
     assert narrowest(np.array([0, 1], dtype=np.int32), 25) is None
+
+
+def test_attributes_that_say_what_is_meant_anyway_are_left_out(tmp_path: Path) -> None:
+    export(quantized(Mlp(), (torch.randn(8, 16),)), tmp_path / "m.onnx")
+    nodes = onnx.load(tmp_path / "m.onnx").graph.node
+    spoken = {
+        (node.op_type, a.name, onnx.helper.get_attribute_value(a))
+        for node in nodes for a in node.attribute
+        if node.op_type in {"QuantizeLinear", "DequantizeLinear", "Cast"}
+    }  # fmt: skip
+    assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in nodes}
+    defaults = {("block_size", 0), ("output_dtype", 0), ("saturate", 1)}
+    assert not defaults & {(name, value) for _, name, value in spoken}
 
 
 def test_wrong_inputs_and_options_are_refused_with_a_reason(tmp_path: Path) -> None:

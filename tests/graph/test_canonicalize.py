@@ -109,6 +109,7 @@ def test_a_large_expansion_of_little_is_not_folded():
          Counter(linear=1)),
         (lambda s, x: x @ s.weight.T, [(2, 3, 6)], Counter(linear=1)),
         (lambda s, x: x @ s.weight, [(2, 3, 4)], Counter(linear=1)),
+        (lambda s, x: x.sum(0) @ s.weight, [(2, 4)], Counter(sum=1, linear=1)),
         (lambda _, x, y: torch.bmm(x, y), [(2, 3, 4), (2, 4, 5)], Counter(matmul=1)),
         (lambda _, x, y, z: torch.baddbmm(z, x, y, beta=0.5, alpha=2), [(2, 3, 4), (2, 4, 5),
          (2, 3, 5)], Counter(matmul=1, mul=2, add=1)),

@@ -54,6 +54,8 @@ PREPARE = (
 )
 CHANNEL = ("backends/onnx/by_channel.py", "tests/backends/test_onnx_levels.py")
 ONNX_LEVELS = ("backends/onnx/levels.py", "tests/backends/test_onnx_levels.py")
+FINISH = ("backends/onnx/finish.py", "tests/backends/test_onnx_export.py")
+SPELLING = ("qgraph/graph/normalize_ops.py", "tests/graph/test_canonicalize.py")
 CONVS = ("backends/onnx/convolutions.py", "tests/backends/test_onnx_export.py")
 
 
@@ -191,6 +193,12 @@ MUTANTS: tuple[Mutant, ...] = (
         ("torch.arange(table.shape[0], dtype=torch.int32) * table.shape[1]", "torch.arange(table.shape[0], dtype=torch.int32)"),
         ("(1 << steps) - 1 - count", "(1 << steps) - count"),
     ),
+    *_of(
+        FINISH,
+        ("10 if opset < OPSET_INT2 else 13", "10 if opset <= OPSET_INT2 else 13"),
+        ('node.op_type in _KEPT or node.op_type == "Cast"', 'node.op_type not in _KEPT or node.op_type == "Cast"'),
+    ),
+    *_of(SPELLING, ("rank_of(left) < 1", "rank_of(left) <= 1")),
     *_of(
         CONVS,
         ("codes[:, :, row_tap, column_tap].T", "codes[:, :, column_tap, row_tap].T"),
