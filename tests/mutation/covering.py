@@ -37,7 +37,10 @@ class Covering:
         return name
 
     def tests(self, file: str, text: str, line: int) -> tuple[str, ...]:
-        """Tests that run the statement of a line, those of its room first, at most `MOST`."""
+        """Tests that run the statement of a line, at most `MOST`.
+
+        Those of its own file first, then one of each file, those of its room before others.
+        """
         if file not in self._files:
             return ()
         contexts = self.data.contexts_by_lineno(self._files[file])
@@ -46,13 +49,14 @@ class Covering:
             for name in contexts.get(at, ()) if name
         }  # fmt: skip
         stem, room = Path(file).stem, "backends" if "backends" in file else Path(file).parent.name
-
-        def order(test: str) -> tuple[bool, bool, str]:
-            path = Path(test.partition("::")[0])
-            mixed = hashlib.sha256(test.encode()).hexdigest()  # not only variants of one test
-            return path.stem != f"test_{stem}", path.parent.name != room, mixed
-
-        return tuple(sorted(found, key=order)[:MOST])
+        by_file: dict[Path, list[str]] = {}
+        for test in sorted(found, key=lambda name: hashlib.sha256(name.encode()).hexdigest()):
+            by_file.setdefault(Path(test.partition("::")[0]), []).append(test)
+        ranked = [
+            (path.stem != f"test_{stem}", turn, path.parent.name != room, test)
+            for path, tests in by_file.items() for turn, test in enumerate(tests)
+        ]  # fmt: skip
+        return tuple(test for *_, test in sorted(ranked))[:MOST]
 
 
 def _lines_of_statement(text: str, line: int) -> range:
