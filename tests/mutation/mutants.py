@@ -56,6 +56,8 @@ CHANNEL = ("backends/onnx/by_channel.py", "tests/backends/test_onnx_levels.py")
 ONNX_LEVELS = ("backends/onnx/levels.py", "tests/backends/test_onnx_levels.py")
 FINISH = ("backends/onnx/finish.py", "tests/backends/test_onnx_export.py")
 SPELLING = ("qgraph/graph/normalize_ops.py", "tests/graph/test_canonicalize.py")
+ASSIGN = ("passes/assign_bits.py", "tests/passes/test_assign_bits.py")
+CHOICE = ("backends/integer/choice.py", "tests/backends/test_integer.py")
 CONVS = ("backends/onnx/convolutions.py", "tests/backends/test_onnx_export.py")
 
 
@@ -198,6 +200,11 @@ MUTANTS: tuple[Mutant, ...] = (
         ("10 if opset < OPSET_INT2 else 13", "10 if opset <= OPSET_INT2 else 13"),
         ('node.op_type in _KEPT or node.op_type == "Cast"', 'node.op_type not in _KEPT or node.op_type == "Cast"'),
     ),
+    *_of(
+        CHOICE,
+        ("start.float()) if bool(start.any()) else None\n", "start.float()) if bool(start.all()) else None\n"),
+    ),
+    *_of(ASSIGN, ("decided[site.value].bits == sites[0].bits", "decided[site.value].bits != sites[0].bits")),
     *_of(SPELLING, ("rank_of(left) < 1", "rank_of(left) <= 1")),
     *_of(
         CONVS,

@@ -3,15 +3,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 import qgraph
 from qgraph import compiler
+from qgraph.context import Context
 from qgraph.errors import BudgetInfeasibleError, ConfigError
+from qgraph.graph.bit_units import CARRIERS
+from qgraph.graph.plan import Site
 from qgraph.graph.trace import trace
 from qgraph.passes import AssignBits
+from qgraph.pipeline import Pass, Promise
 from qgraph.report.accounting import Cost
 from qgraph.sensitivity import observe
 from tests.small_unet import images, tiny_unet
@@ -59,6 +67,32 @@ def test_spmix_ties_the_decoder_to_the_encoder_and_deep_layers_get_no_more(model
     assert found["deep"] == found["deeper"]
     assert all(deep <= shallow for deep, shallow in zip(found["deep"], found["first"], strict=True))
     assert found["stem"] == found["head"] == (8, 8)
+
+
+@dataclass(frozen=True)
+class LookAtPlan(Pass):
+    """Shows a test the plan behind the pass before it."""
+
+    name: ClassVar[str] = "look-at-plan"
+    promise: ClassVar[Promise] = Promise.IDENTICAL
+    seen: list[Site] = field(default_factory=list)
+
+    def run(self, module: GraphModule, context: Context) -> bool:
+        self.seen.extend(context.plan.activations())
+        return False
+
+
+def test_what_is_stored_for_a_concatenation_has_the_encoding_behind_it(model, data):
+    look = LookAtPlan()
+    chosen = qgraph.pipeline("sirst_mixed", budget=BUDGETS).insert_after("assign-bits", look)
+    qgraph.compile(model, data, chosen)
+    products = [s for s in look.seen if s.kind not in CARRIERS and s.encoding is not None]
+    known = {(s.bits, float(s.encoding.scale)) for s in products}
+    stored = [s for s in look.seen if s.kind in CARRIERS]
+    shared = [s for s in stored if s.encoding is not None]
+    assert all(s.encoding.bits == s.bits for s in shared)
+    assert all((s.bits, float(s.encoding.scale)) in known for s in shared)
+    assert len(shared) >= 2, "the pool and a branch of the concatenation"
 
 
 def test_free_is_never_worse_than_spmix_on_its_objective(model, data):
