@@ -86,12 +86,11 @@ def test_what_is_stored_for_a_concatenation_has_the_encoding_behind_it(model, da
     look = LookAtPlan()
     chosen = qgraph.pipeline("sirst_mixed", budget=BUDGETS).insert_after("assign-bits", look)
     qgraph.compile(model, data, chosen)
-    products = [s for s in look.seen if s.kind not in CARRIERS and s.encoding is not None]
-    known = {(s.bits, float(s.encoding.scale)) for s in products}
-    stored = [s for s in look.seen if s.kind in CARRIERS]
-    shared = [s for s in stored if s.encoding is not None]
-    assert all(s.encoding.bits == s.bits for s in shared)
-    assert all((s.bits, float(s.encoding.scale)) in known for s in shared)
+    decided = [(s, s.encoding) for s in look.seen if s.encoding is not None]
+    known = {(s.bits, float(e.scale)) for s, e in decided if s.kind not in CARRIERS}
+    shared = [(s.bits, e) for s, e in decided if s.kind in CARRIERS]
+    assert all(e.bits == bits for bits, e in shared)
+    assert all((bits, float(e.scale)) in known for bits, e in shared)
     assert len(shared) >= 2, "the pool and a branch of the concatenation"
 
 
