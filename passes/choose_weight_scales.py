@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from qgraph.calibration import affine_parameters, weight_parameters
+from qgraph.calibration.weight_scales import UNCLIPPED
 from qgraph.context import Context
 from qgraph.formats import AffineEncoding, IntGrid
 from qgraph.graph.build import attribute
@@ -22,7 +23,8 @@ from qgraph.pipeline import Fact, Pass, Promise
 class ChooseWeightScales(Pass):
     """Give every undecided weight a symmetric encoding per output channel, clip by MSE search.
 
-    At 8 bits the lowest code is dropped, which makes ``Q(-w) = -Q(w)``; below, every code counts.
+    At 8 bits the whole range is kept and the lowest code dropped, which makes ``Q(-w) = -Q(w)``;
+    below, every code counts.
 
     Attributes:
         norm: exponent of the error (2.0; the published codes use 2.4).
@@ -41,7 +43,9 @@ class ChooseWeightScales(Pass):
                 key = (str(site.value.target), site.bits, site.axis)
                 if key not in found:  # tied weights share one encoding
                     found[key] = self._encoding(module, site)
-                site.decide(found[key], self.name, "clip by MSE search")
+                whole = site.bits >= UNCLIPPED or site.kind is OpKind.EMBEDDING
+                how = "whole range" if whole else "clip by MSE search"
+                site.decide(found[key], self.name, how)
         return False
 
     @staticmethod
