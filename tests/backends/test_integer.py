@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from qgraph.backends import integer, parity, reference
+from qgraph.backends.semantics import Role, analyze
 from qgraph.errors import ConfigError, VerificationError
 from tests.backends.builders import minmax, models, quantize, signed
 
@@ -88,3 +89,11 @@ def test_an_unknown_mode_is_refused():
     module = quantize(nn.Linear(4, 4), (torch.randn(2, 4),))
     with pytest.raises(ConfigError, match="unknown mode 'onnx'"):
         integer.lower(module, mode="onnx")  # type: ignore[arg-type]
+
+
+def test_a_rectifier_clips_the_accumulator_of_the_product_before_it() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    found = analyze(quantize(model, (torch.randn(3, 4),), hoist=False))
+    (relu,) = (n for n, role in found.roles.items() if role is Role.CLAMP)
+    assert found.products[found.sources[relu]].bias is None

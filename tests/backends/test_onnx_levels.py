@@ -92,7 +92,14 @@ def by_channel() -> LevelEncoding:
     )
 
 
+def wide() -> LevelEncoding:
+    """Too many octaves for a grid of cells, too many steps for runs: the search is binary."""
+    levels = torch.tensor([0, *(3**k for k in range(15))])
+    return LevelEncoding.nearest("wide", torch.tensor(2.0**-21), levels, storage_bits=4)
+
+
 ENCODINGS: dict[str, Callable[[], Encoding]] = {
+    "wide": wide,
     "dual region": lambda: dual(torch.tensor(1 / 64)),
     "signed dual region": lambda: signed_dual(torch.tensor(1 / 128)),
     "dual region per channel": lambda: dual(torch.rand(6) / 99 + 0.005, axis=2),

@@ -414,6 +414,8 @@ def test_ranges_are_extrapolated_little_for_bounded_values_and_much_for_heavy_ta
     growth = float((high / fields["high"]).median())
     assert 1.0 <= growth <= (1.2 if power == 1 else 2.0)
     assert growth >= (1.0 if power == 1 else 1.15)
-    same_low, same_high = likely_range(seen, data)
+    same_low, same_high = likely_range(seen, data[:2100])  # less than a doubling tells nothing
     assert torch.equal(same_low, fields["low"])
     assert torch.equal(same_high, fields["high"])
+    if power == 3:
+        assert (likely_range(seen, data[:1600])[1] > fields["high"]).all()
