@@ -70,15 +70,21 @@ def _on_names(case: Case, module: Callable[..., Any]) -> Run:
     return lambda batch: case.output(module(**batch))
 
 
-def qgraph_int8(case: Case, clock: Clock) -> Run:
+def qgraph_int8(case: Case, clock: Clock, scope: str = "full") -> Run:
     """This toolkit's default pipeline; replays after each pass are off, as peers have none."""
     import qgraph
 
+    chosen = qgraph.pipeline("int8", scope=scope)
     with clock.stage("trace"):
         traced = qgraph.trace(case.model, **case.calibration[0])
     with clock.stage("compile"):
-        made = qgraph.compile(traced, case.calibration, "int8", verify=False, progress=False)
+        made = qgraph.compile(traced, case.calibration, chosen, verify=False, progress=False)
     return _on_names(case, made.graph_module)
+
+
+def qgraph_linears(case: Case, clock: Clock) -> Run:
+    """The same for layers with weights alone, as quanto and ModelOpt quantize."""
+    return qgraph_int8(case, clock, "linear")
 
 
 def onnxruntime_static(case: Case, clock: Clock) -> Run:
@@ -188,6 +194,7 @@ def float_model(case: Case, clock: Clock) -> Run:
 PEERS: dict[str, Peer] = {
     "float": float_model,
     "qgraph": qgraph_int8,
+    "qgraph, layers only": qgraph_linears,
     "onnxruntime": onnxruntime_static,
     "torchao": torchao_pt2e,
     "nncf": nncf_fx,
@@ -195,4 +202,9 @@ PEERS: dict[str, Peer] = {
     "brevitas": brevitas_layerwise,
     "quanto": quanto_int8,
 }
-PACKAGES = {"modelopt": "nvidia-modelopt", "quanto": "optimum-quanto", "float": "torch"}
+PACKAGES = {
+    "qgraph, layers only": "qgraph",
+    "modelopt": "nvidia-modelopt",
+    "quanto": "optimum-quanto",
+    "float": "torch",
+}
