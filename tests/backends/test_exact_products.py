@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qgraph.backends import integer, reference
+from qgraph.backends.integer.choice import _channel_slices
 from qgraph.formats import AffineEncoding, IntGrid, code_dtype
 from tests.backends.single_ops import int_bias, product_graph
 
@@ -135,6 +136,30 @@ def test_sums_beyond_float32_and_beyond_int32_stay_exact(length, fixed, bias):
     for backend in (reference, integer):
         inputs = (x,) if fixed else (x, w)
         assert backend.lower(module)(*inputs)[0][0].tolist() == expected
+
+
+@pytest.mark.parametrize("length", [10, 600])
+def test_an_accumulator_that_is_read_itself_comes_out_in_float32(length):
+    x = torch.full((1, length), 255, dtype=torch.uint8)
+    w = torch.full((2, length), 127, dtype=torch.int8)
+    coded = AffineEncoding.per_tensor(1.0, 0, IntGrid(8, signed=False))
+    w_coded = AffineEncoding.symmetric(torch.ones(2), IntGrid(8, signed=True), 0)
+    module = product_graph(aten.linear.default, (x, coded), (w, w_coded), fixed=False)
+    for backend in (reference, integer):
+        found = backend.lower(module)(x, w)[0]
+        assert found.dtype is torch.float32
+        assert found.tolist() == [[float(np.float32(255 * 127 * length))] * 2]
+
+
+def test_every_slice_of_channels_is_summed_exactly():
+    weight = torch.ones(1, 128, 3, 3, dtype=torch.int8)
+    weight[:, :64] = 127  # these alone exceed 2^24, the others do not
+    slices = _channel_slices(weight, (0, 255))
+    assert slices is not None
+    assert [a for a, _ in slices] == [0, *(b for _, b in slices[:-1])]
+    assert slices[-1][1] == 128
+    for a, b in slices:
+        assert 255 * int(weight[:, a:b].to(torch.int64).sum()) < 2**24
 
 
 @pytest.mark.parametrize(("groups", "kernel"), [(1, (3, 3)), (2, (3, 3)), (1, (9,))])

@@ -53,6 +53,18 @@ def test_plain_external_data_is_accepted(tmp_path: Path) -> None:
     assert check_file(saved(tmp_path, external("w.bin"))).graph.node[0].op_type == "Add"
 
 
+def test_a_graph_may_hand_its_input_on_but_not_be_empty(tmp_path: Path) -> None:
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])
+    for values, whole in (([value], True), ([], False)):
+        made = helper.make_model(helper.make_graph([], "g", values, values), ir_version=10)
+        (tmp_path / "m.onnx").write_bytes(made.SerializeToString())
+        if whole:
+            assert not check_file(tmp_path / "m.onnx").graph.node
+        else:
+            with pytest.raises(ArtifactError, match="holds no graph"):
+                check_file(tmp_path / "m.onnx")
+
+
 @pytest.mark.parametrize(
     "location", ["../w.bin", "/etc/passwd", "a/../../w.bin", "..\\w.bin", "C:w.bin", "", "a\0b"]
 )

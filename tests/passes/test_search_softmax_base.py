@@ -26,6 +26,7 @@ from qgraph.formats import AffineEncoding, IntGrid, LevelEncoding
 from qgraph.formats.dual_region import dual_region
 from qgraph.formats.power_of_two import NAME, candidate_taus, power_of_two
 from qgraph.passes import ChooseRanges, ChooseWeightScales, InsertQuantizers, SearchSoftmaxBase
+from qgraph.passes.search_softmax_base import attention_products, joint_request
 from qgraph.testing.attention_kinds import Masked, PackedSelf, Separate, TwoWay
 from tests.passes.attention_pipelines import batches, decisions, run
 
@@ -157,6 +158,27 @@ def test_masked_keys_stay_exactly_masked_in_the_quantized_graph() -> None:
     with torch.no_grad():
         assert torch.equal(module(x, y), module(x, changed))
         assert torch.equal(module(x, y), module(x, y))
+
+
+class SharedValues(torch.nn.Module):
+    """Four heads of probabilities, values that all heads share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.value = torch.nn.Linear(8, 32), torch.nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, keys: Tensor) -> Tensor:
+        query = self.query(x).unflatten(-1, (4, 8)).transpose(1, 2)
+        weights = (query @ keys.unsqueeze(1).transpose(-1, -2)).softmax(-1)
+        found: Tensor = weights @ self.value(keys).unsqueeze(1)
+        return found
+
+
+def test_values_that_heads_share_cannot_be_sampled_head_by_head() -> None:
+    module, context = run(SharedValues().eval())
+    ((_, site),) = attention_products(module, context)
+    told = joint_request(site, 16)
+    assert told == "probabilities and values do not share their leading dimensions"
 
 
 def test_unknown_families_are_refused() -> None:
