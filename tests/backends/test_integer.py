@@ -6,9 +6,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.fx import Graph
 from torch.utils._pytree import tree_leaves
 
 from qgraph.backends import integer, parity, reference
+from qgraph.backends.integer.reuse import _same_shape
 from qgraph.backends.semantics import Role, analyze
 from qgraph.errors import ConfigError, VerificationError
 from tests.backends.builders import minmax, models, quantize, signed
@@ -97,3 +99,12 @@ def test_a_rectifier_clips_the_accumulator_of_the_product_before_it() -> None:
     found = analyze(quantize(model, (torch.randn(3, 4),), hoist=False))
     (relu,) = (n for n, role in found.roles.items() if role is Role.CLAMP)
     assert found.products[found.sources[relu]].bias is None
+
+
+def test_a_buffer_is_only_taken_over_by_a_value_of_its_shape_and_dtype() -> None:
+    graph = Graph()
+    values = [torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3, 2), torch.zeros(2, 3).int()]
+    first, *others = (graph.placeholder(f"x{at}") for at in range(len(values)))
+    for node, value in zip((first, *others), values, strict=True):
+        node.meta["val"] = value
+    assert [_same_shape(node, first) for node in others] == [True, False, False]

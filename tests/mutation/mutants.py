@@ -57,7 +57,19 @@ ONNX_LEVELS = ("backends/onnx/levels.py", "tests/backends/test_onnx_levels.py")
 FINISH = ("backends/onnx/finish.py", "tests/backends/test_onnx_export.py")
 SPELLING = ("qgraph/graph/normalize_ops.py", "tests/graph/test_canonicalize.py")
 ASSIGN = ("passes/assign_bits.py", "tests/passes/test_assign_bits.py")
-CHOICE = ("backends/integer/choice.py", "tests/backends/test_integer.py")
+CHOICE = (
+    "backends/integer/choice.py",
+    "tests/backends/test_integer.py tests/backends/test_exact_products.py",
+)
+SAFETY = ("backends/onnx/safety.py", "tests/backends/test_onnx_safety.py")
+SOFTMAX = ("passes/search_softmax_base.py", "tests/passes/test_search_softmax_base.py")
+SEMANTICS = (
+    "backends/semantics.py",
+    "tests/backends/test_integer.py tests/backends/test_interpolation.py",
+)
+REORDER = ("passes/reorder_channels.py", "tests/passes/test_reorder_channels.py")
+ONNX_OPS = ("backends/onnx/ops.py", "tests/backends/test_onnx_levels.py")
+REUSE = ("backends/integer/reuse.py", "tests/backends/test_integer.py")
 CONVS = ("backends/onnx/convolutions.py", "tests/backends/test_onnx_export.py")
 
 
@@ -203,9 +215,25 @@ MUTANTS: tuple[Mutant, ...] = (
     *_of(
         CHOICE,
         ("start.float()) if bool(start.any()) else None\n", "start.float()) if bool(start.all()) else None\n"),
+        ("if form.exact_dtype is torch.float32:", "if form.exact_dtype is not torch.float32:"),
+        ("        if all(\n            max(", "        if any(\n            max("),
     ),
+    *_of(SAFETY, ("not model.graph.node and not", "not model.graph.node or not")),
+    *_of(SOFTMAX, ("< 3 or not all(same)", "< 3 or not any(same)")),
+    *_of(
+        SEMANTICS,
+        ("if form.groups or form.bias is not None:", "if form.groups or form.bias is None:"),
+        ("node.args[0] if node.target in RESAMPLES else None", "node.args[1] if node.target in RESAMPLES else None"),
+    ),
+    *_of(REORDER, ("if times < 2:", "if times < 3:")),
+    *_of(ONNX_OPS, ("op.Gather if position is None and starts", "op.Gather if position is not None and starts")),
+    *_of(REUSE, ("ours.dtype == theirs.dtype and", "ours.dtype != theirs.dtype and")),
     *_of(ASSIGN, ("decided[site.value].bits == sites[0].bits", "decided[site.value].bits != sites[0].bits")),
-    *_of(SPELLING, ("rank_of(left) < 1", "rank_of(left) <= 1")),
+    *_of(
+        SPELLING,
+        ("rank_of(left) < 1", "rank_of(left) <= 1"),
+        ("data, weight, bias = (argument(node, at) for at in range(3))", "data, weight, bias = (argument(node, at) for at in range(4))"),
+    ),
     *_of(
         CONVS,
         ("codes[:, :, row_tap, column_tap].T", "codes[:, :, column_tap, row_tap].T"),
