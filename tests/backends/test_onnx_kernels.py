@@ -21,8 +21,10 @@ from qgraph.backends.onnx.latency import LatencyModel, Line, latency_model, mult
 from qgraph.backends.onnx.session import Session
 from qgraph.errors import ArtifactError, ConfigError
 from qgraph.formats import AffineEncoding
+from qgraph.graph.canonicalize import canonicalize
 from qgraph.graph.dialect import encoding_of, is_quantize
 from qgraph.graph.ops import product
+from qgraph.graph.trace import trace
 from tests.backends.onnx_models import Attention, Mlp, Unet, quantized
 
 
@@ -222,3 +224,14 @@ def test_measuring_this_machine_finds_integer_products_and_writes_a_cache(tmp_pa
     assert latency_model(cache_dir=tmp_path) == model
     next(tmp_path.glob("*.json")).write_text("damaged", encoding="utf-8")
     assert latency_model(cache_dir=tmp_path).lines.keys() == model.lines.keys()
+
+
+def test_only_a_convolution_with_one_channel_a_group_is_priced_as_depthwise() -> None:
+    layers = (nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, (1, 3)))
+    found = []
+    for layer in layers:
+        module = trace(layer.eval(), torch.zeros(2, 4, 5, 5))
+        canonicalize(module)
+        (node,) = (n for n in module.graph.nodes if "conv" in str(n.target))
+        found.append(multiplications(node)[0])
+    assert found == ["depthwise", "conv", "conv"]
