@@ -19,7 +19,7 @@ from qgraph.errors import unknown_name
 from qgraph.graph.extract import is_size, is_tensor
 from qgraph.graph.ops import OpKind, constants, kind, product
 from qgraph.graph.provenance import module_path
-from qgraph.graph.row_order import first_size, is_batch, rows_by_sample
+from qgraph.graph.row_order import batch_sizes, first_size, rows_by_sample
 
 Granularity = Literal["layer", "subblock", "block", "stage", "auto"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
@@ -64,13 +64,16 @@ class _Order:
         self.weights = [n for n in self.calls if has_weight(n, self.fixed)]
         self.moving = downstream(nodes, self.weights, starts)
         self.last = {node: self._last_use(node) for node in self.calls}
-        self.by_rows = rows_by_sample(nodes)
+        self.batch = batch_sizes(nodes)
+        self.by_rows = rows_by_sample(nodes, self.batch)
+        self.live = self._live()
+        self.cuttable = self._cuttable()
 
     def _last_use(self, node: Node) -> int:
         """Position of the last call that reads the value; outputs hold nothing back."""
         return max((self.at[user] for user in node.users if user in self.at), default=-1)
 
-    def live(self) -> list[list[Node]]:
+    def _live(self) -> list[list[Node]]:
         """Per position, the moving values that later calls read; tuples make it uncuttable."""
         ends: dict[int, list[Node]] = {}
         alive: dict[Node, None] = {}
@@ -84,18 +87,18 @@ class _Order:
             found.append(list(alive))
         return found
 
-    def cuttable(self, live: list[list[Node]]) -> list[bool]:
+    def _cuttable(self) -> list[bool]:
         """Per position, whether all that later calls read can be stored sample by sample.
 
         Multiples of the batch alone, as [windows * batch, ...], do not say how many samples there
         are; one of the values must show the batch as it is.
         """
         good, until = [], 0
-        for position, (node, alive) in enumerate(zip(self.calls, live, strict=True)):
+        for position, (node, alive) in enumerate(zip(self.calls, self.live, strict=True)):
             if not is_size(node) and node not in self.by_rows:
                 until = max(until, self.last[node])
-            known = [first_size(n) for n in alive if first_size(n) is not None]
-            counted = not known or any(is_batch(size) for size in known)
+            known = {first_size(n) for n in alive} - {None}
+            counted = not known or bool(known & self.batch)
             good.append(position >= until and counted)
         return good
 
@@ -129,9 +132,8 @@ def cut_points(
 
 
 def _cuts(order: _Order, width: int) -> list[int]:
-    live = order.live()
-    possible = order.cuttable(live)
-    return [i for i, alive in enumerate(live) if 1 <= len(alive) <= width and possible[i]]
+    possible = order.cuttable
+    return [i for i, alive in enumerate(order.live) if 1 <= len(alive) <= width and possible[i]]
 
 
 def find_regions(
@@ -184,11 +186,9 @@ def _spans(ends: Sequence[int], length: int) -> list[Span]:
 
 def _by_layer(order: _Order) -> list[Span]:
     """A region per weight, with what comes before it; never through a tuple."""
-    live = order.live()
-    possible = order.cuttable(live)
     ends = [
         at for at in (order.at[w] for w in order.weights)
-        if possible[at] and all(is_tensor(n) for n in live[at])
+        if order.cuttable[at] and all(is_tensor(n) for n in order.live[at])
     ]  # fmt: skip
     return _spans(ends[:-1], len(order.calls))
 

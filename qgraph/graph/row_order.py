@@ -8,7 +8,7 @@ sorted by token: dealt out in equal parts, the samples' rows would be mixed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,30 +28,31 @@ def first_size(node: Node) -> object | None:
     return None
 
 
-def is_batch(size: object | None) -> bool:
-    """Whether a first size is the batch itself, no multiple of it."""
-    return bool(getattr(size, "is_Symbol", False))
+def batch_sizes(nodes: Iterable[Node]) -> frozenset[object]:
+    """The batch, as first sizes of a graph's inputs: other free sizes may come first too."""
+    sizes = (first_size(node) for node in nodes if node.op == "placeholder")
+    return frozenset(size for size in sizes if size is not None)
 
 
-def rows_by_sample(nodes: Iterable[Node]) -> set[Node]:
+def rows_by_sample(nodes: Sequence[Node], batch: frozenset[object]) -> set[Node]:
     """Those of a graph's values (in order) that can be stored sample by sample or are shared.
 
     Tuples are found where what they were made of is, so that their parts can be judged.
     """
     found: set[Node] = set()
     for node in nodes:
-        if not is_size(node) and _is_by_sample(node, found):
+        if not is_size(node) and _is_by_sample(node, batch, found):
             found.add(node)
     return found
 
 
-def _is_by_sample(node: Node, found: set[Node]) -> bool:
+def _is_by_sample(node: Node, batch: frozenset[object], found: set[Node]) -> bool:
     """A multiple of the batch is one as long as each step kept the rows where they were."""
     value, first = node.meta.get("val"), first_size(node)
     if isinstance(value, Tensor):
         if not any(isinstance(size, torch.SymInt) for size in value.shape):
             return True
-        if first is None or is_batch(first):
+        if first is None or first in batch:
             return first is not None
     keeps = node.target in _RESHAPES or not isinstance(value, Tensor)
     return all(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.export import Dim
 
 from qgraph.errors import ConfigError, PassError
 from qgraph.graph.canonicalize import canonicalize
@@ -86,9 +87,9 @@ class Chain(nn.Module):
         return x, saved
 
 
-def graph_of(model, *args):
+def graph_of(model, *args, dynamic_shapes=None):
     torch.manual_seed(0)
-    module = trace(model.eval(), *args)
+    module = trace(model.eval(), *args, dynamic_shapes=dynamic_shapes)
     canonicalize(module)
     module.recompile()
     return module
@@ -208,6 +209,13 @@ def test_no_region_ends_where_rows_are_sorted_by_token(axis, count):
     assert torch.equal(run_by_regions(module, regions, args)[0], module(*args))
     for region in find_regions(module, "subblock"):
         extract(module, region.inputs, region.outputs)
+
+
+def test_a_free_number_of_tokens_is_not_taken_for_the_batch():
+    args = (torch.randn(2, 3, 4), torch.ones(2, 3, 1))
+    sizes = {name: {0: Dim("batch"), 1: Dim("tokens")} for name in ("x", "keep")}
+    module = graph_of(TokensFirst(1), *args, dynamic_shapes=sizes)
+    assert len(find_regions(module, "layer")) == 1
 
 
 def test_extraction_shares_tensors_and_refuses_missing_inputs():
