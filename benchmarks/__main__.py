@@ -150,6 +150,12 @@ def main() -> None:
     write_page(saved)
 
 
+def merged(before: Row, batches: int, rows: dict[str, Row]) -> Row:
+    """New rows beside those of toolkits that this run left out, if they saw the same batches."""
+    kept = before["peers"] if before.get("batches") == batches else {}
+    return {"batches": batches, "peers": {**kept, **rows}}
+
+
 def compare(model: str, options: argparse.Namespace, saved: Row) -> None:
     """All rounds of one model."""
     names = ["float", *(peer for peer in options.peers if peer != "float")]
@@ -161,7 +167,7 @@ def compare(model: str, options: argparse.Namespace, saved: Row) -> None:
                 rounds[peer].append(measured(model, peer, options.batches, options.limit))
                 print(model, number, peer, rounds[peer][-1], flush=True)
             rows = {name: summary(each, rounds["float"]) for name, each in rounds.items() if each}
-            saved["models"][model] = {"batches": options.batches, "peers": rows}
+            saved["models"][model] = merged(saved["models"].get(model, {}), options.batches, rows)
             RESULT.write_text(json.dumps(saved, indent=1) + "\n")
 
 

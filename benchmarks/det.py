@@ -24,10 +24,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.fx import GraphModule
 
+from benchmarks import intervals
+from benchmarks.intervals import Drawn, interval
 from examples.zoo.det.boxes import detections
 from examples.zoo.det.data import CLASSES, Target, batches
 from examples.zoo.det.metrics import BoxScores
@@ -260,24 +261,19 @@ def recovered(results: dict[str, Cell]) -> str:
             own = [c for k, c in results.items() if k.startswith(f"{width} | {variant} |")]
             if not own:
                 continue
-            drop = full - _draws(own)
-            share = 100 * (1 - drop / (full - _draws(base[: len(own)])))
-            beside = "" if variant == "searched" else _interval(share, 0, " %")
+            found = _draws(own)
+            share = intervals.recovered(full, _draws(base[: len(own)]), found)
+            beside = "" if variant == "searched" else interval(share, 0, " %")
             lines.append(
-                f"| {width} {variant} | {_interval(drop, 2)} | {beside} | {len(own)} |"
+                f"| {width} {variant} | {interval(full - found)} | {beside} | {len(own)} |"
             )  # fmt: skip
     return "\n".join(lines)
 
 
-def _draws(cells: list[Cell]) -> NDArray[np.float64]:
+def _draws(cells: list[Cell]) -> Drawn:
     """The figure first, then its resamples; means over cells."""
     rows = np.asarray([[cell["map"], *cell["resampled"]] for cell in cells], dtype=np.float64)
     return np.asarray(rows.mean(0))
-
-
-def _interval(values: NDArray[np.float64], digits: int, unit: str = "") -> str:
-    low, high = np.quantile(values[1:], (0.025, 0.975))
-    return f"{values[0]:.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def run(settings: Settings, path: Path, only: str = "*") -> dict[str, Cell]:

@@ -91,7 +91,7 @@ def main() -> None:
         os.waitpid(child, 0)
         with torch.device("meta"):
             model = Tower(depth).eval()
-        model.load_state_dict(torch.load(path, mmap=True), assign=True)
+        model.load_state_dict(torch.load(path, mmap=True, weights_only=True), assign=True)
         data = [torch.randn(4, WIDTH) for _ in range(4)]
         start = anonymous()
         with Peak() as compiling:

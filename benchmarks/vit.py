@@ -23,10 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import qgraph
+from benchmarks import intervals
+from benchmarks.intervals import Drawn, interval
 from examples.zoo.splits import Split
 from examples.zoo.vit import batches, evaluate, load_model
 from examples.zoo.vit.model import KINDS, Kind
@@ -149,7 +150,7 @@ def packed(hits: list[float]) -> str:
     return np.packbits(np.asarray(hits, dtype=bool)).tobytes().hex()
 
 
-def draws(hits: str, samples: int) -> NDArray[np.float64]:
+def draws(hits: str, samples: int) -> Drawn:
     """Accuracy in percent, then over `RESAMPLES` resamples of the images."""
     right = np.unpackbits(np.frombuffer(bytes.fromhex(hits), dtype=np.uint8))[:samples]
     picks = np.random.default_rng(0).integers(0, samples, size=(RESAMPLES, samples))
@@ -173,10 +174,9 @@ def recovered(rows: list[Row]) -> str:
             continue
         plain = draws(float_hits(model, split, samples), samples)
         own = np.mean([draws(row["hits"], samples) for row in group], axis=0)
-        drop, before = plain - own, plain - draws(base[0]["hits"], samples)
-        share = 100 * (1 - drop / np.where(before == 0, np.nan, before))
-        text = f"{model} W{bits}A{bits} {split} {variant:20} below float {_interval(drop)}"
-        lines.append(text + ("" if variant == "RTN" else f"  recovered {_interval(share)} %"))
+        share = intervals.recovered(plain, draws(base[0]["hits"], samples), own)
+        text = f"{model} W{bits}A{bits} {split} {variant:20} below float {interval(plain - own)}"
+        lines.append(text + ("" if variant == "RTN" else f"  recovered {interval(share)} %"))
     return "\n".join(lines)
 
 
@@ -184,11 +184,6 @@ def recovered(rows: list[Row]) -> str:
 def float_hits(model: Kind, split: Split, samples: int) -> str:
     """What the float model gets right."""
     return packed(evaluate(load_model(model), split, samples)["per_sample"])
-
-
-def _interval(values: NDArray[np.float64]) -> str:
-    low, high = np.nanquantile(values[1:], (0.025, 0.975))
-    return f"{values[0]:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def saved(path: Path) -> dict[str, Row]:

@@ -6,11 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
 from torch.fx import GraphModule
 
-from qgraph.calibration import affine_parameters, weight_parameters
-from qgraph.calibration.weight_scales import UNCLIPPED
+from qgraph.calibration import weight_parameters
+from qgraph.calibration.weight_scales import CLIP_BELOW
 from qgraph.context import Context
 from qgraph.formats import AffineEncoding, IntGrid
 from qgraph.graph.build import attribute
@@ -24,10 +23,13 @@ class ChooseWeightScales(Pass):
     """Give every undecided weight a symmetric encoding per output channel, clip by MSE search.
 
     At 8 bits the whole range is kept and the lowest code dropped, which makes ``Q(-w) = -Q(w)``;
-    below, every code counts.
+    below, every code counts. Tables of embeddings are never clipped: they are large, and each row
+    is read as it is.
 
     Attributes:
         norm: exponent of the error (2.0; the published codes use 2.4).
+        clip_below: weights of fewer bits are searched (8; `python -m benchmarks.weight_clips` says
+            what a search at 8 bits would win).
     """
 
     name: ClassVar[str] = "choose-weight-scales"
@@ -35,37 +37,27 @@ class ChooseWeightScales(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({Fact.PLANNED})
 
     norm: float = 2.0
+    clip_below: int = CLIP_BELOW
 
     def run(self, module: GraphModule, context: Context) -> bool:  # noqa: D102
         found: dict[tuple[str, int, int | None], AffineEncoding] = {}
         for site in context.plan.weights():
             if site.encoding is None:
+                clip = site.bits < self.clip_below and site.kind is not OpKind.EMBEDDING
                 key = (str(site.value.target), site.bits, site.axis)
                 if key not in found:  # tied weights share one encoding
-                    found[key] = self._encoding(module, site)
-                whole = site.bits >= UNCLIPPED or site.kind is OpKind.EMBEDDING
-                how = "whole range" if whole else "clip by MSE search"
+                    found[key] = self._encoding(module, site, clip=clip)
+                how = "clip by MSE search" if clip else "whole range"
                 site.decide(found[key], self.name, how)
         return False
 
-    @staticmethod
-    def _whole_range(weight: Tensor, grid: IntGrid, axis: int | None) -> AffineEncoding:
-        """No clip for tables of embeddings: they are large, and each row is read as it is."""
-        assert axis is not None
-        others = [d for d in range(weight.ndim) if d != axis]
-        reach = weight.detach().abs().amax(others)
-        scale, _ = affine_parameters(-reach, reach, grid.qmin, grid.qmax, symmetric=True)
-        return AffineEncoding.symmetric(scale, grid, axis)
-
-    def _encoding(self, module: GraphModule, site: Site) -> AffineEncoding:
+    def _encoding(self, module: GraphModule, site: Site, *, clip: bool) -> AffineEncoding:
         weight = attribute(module, str(site.value.target))
         grid = IntGrid(site.bits, signed=True, narrow=site.bits >= 8)
         axis = None if site.axis is None else site.axis % weight.ndim
-        if site.kind is OpKind.EMBEDDING:
-            return self._whole_range(weight, grid, axis)
         shaped = weight if axis is not None else weight.reshape(1, -1)
         scale, zero_point = weight_parameters(
-            shaped, axis=axis or 0, bits=site.bits, narrow=grid.narrow, norm=self.norm
+            shaped, axis=axis or 0, bits=site.bits, narrow=grid.narrow, norm=self.norm, clip=clip
         )
         if axis is None:
             scale, zero_point = scale.squeeze(0), zero_point.squeeze(0)

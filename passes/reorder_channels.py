@@ -304,7 +304,7 @@ def _affine(
 ) -> AffineEncoding:
     low, high = bounds
     found = choose_range_for_output(
-        rows, weight, low=low, high=high, bits=bits, relative=power, schedule=ROUGH
+        rows, weight, low=low, high=high, bits=bits, relative=power, effort=ROUGH
     )
     return affine_encoding(*found, bits)
 

@@ -27,7 +27,7 @@ from qgraph.calibration.row_errors import (
     whole_sample,
 )
 from qgraph.calibration.unit_sweep import Probing, Ranges, UnitSweep
-from qgraph.calibration.weight_scales import weight_parameters
+from qgraph.calibration.weight_scales import CLIP_BELOW, weight_parameters
 from qgraph.errors import CalibrationError
 from qgraph.formats import AffineEncoding, IntGrid
 from qgraph.graph.bit_units import Unit
@@ -181,14 +181,15 @@ class FisherSweep(UnitSweep):
 
 
 def quantized_weight(module: GraphModule, site: Site, bits: int) -> Tensor:
-    """A stored weight at some width, clipped for the least squared error per output channel."""
+    """A stored weight at some width, as `choose-weight-scales` would make it."""
     weight = attribute(module, str(site.value.target)).detach()
     grid = IntGrid(bits, signed=True, narrow=bits >= 8)
     if site.axis is None:
         shaped, axis = weight.reshape(1, -1), 0
     else:
         shaped, axis = weight, site.axis % weight.ndim
-    scale, _ = weight_parameters(shaped, axis=axis, bits=bits, narrow=grid.narrow)
+    clip = bits < CLIP_BELOW
+    scale, _ = weight_parameters(shaped, axis=axis, bits=bits, narrow=grid.narrow, clip=clip)
     if site.axis is None:
         return AffineEncoding.symmetric(scale.squeeze(0), grid, None).fake(weight)
     return AffineEncoding.symmetric(scale, grid, axis).fake(weight)

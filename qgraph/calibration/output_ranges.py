@@ -8,6 +8,7 @@ large weights. So the loss here is the squared error of the layer's output over 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,10 +18,34 @@ from qgraph.errors import CalibrationError, ConfigError
 from qgraph.formats.affine import IntGrid
 
 CELLS = 1 << 19  # elements of quantized rows held at once
-FINE_BITS = 8  # from here on the loss is flat near its best
-MANY = 16  # there, a round of more candidates sees half of the rows: it only points to the next
-SCHEDULE = Schedule(coarse=6, fine=3, rounds=3, smallest=2.0**-2.5)
-ROUGH = Schedule(coarse=4, fine=3, rounds=1, smallest=2.0**-2.25)  # to judge by, not to use
+SEARCH = Schedule(coarse=6, fine=3, rounds=3, smallest=2.0**-2.5)
+FLAT = 8  # bits; from there on the loss is flat near its best
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How finely a range is searched by what outputs see.
+
+    Attributes:
+        schedule: of the search over both ends.
+        projections: outputs are projected to so many random directions, unless the layer has no
+            more inputs than that: a root of its Gram matrix says the same; None: exact.
+        halved: rounds of more candidates see every second row: they only point to the next.
+    """
+
+    schedule: Schedule = SEARCH
+    projections: int | None = 64
+    halved: int | None = None
+
+
+THOROUGH = Effort()
+BRIEF = Effort(projections=32, halved=16)
+ROUGH = Effort(Schedule(coarse=4, fine=3, rounds=1, smallest=2.0**-2.25))  # to judge by only
+
+
+def effort_for(bits: int) -> Effort:
+    """What a range of so many bits is worth."""
+    return BRIEF if bits >= FLAT else THOROUGH
 
 
 def sketch(weight: Tensor, projections: int, seed: int = 0) -> Tensor:
@@ -94,8 +119,7 @@ def choose_range_for_output(  # noqa: PLR0913 - all options are keyword-only
     narrow: bool = False,
     relative: float = 1.5,
     is_gram: bool = False,
-    projections: int | None = 64,
-    schedule: Schedule = SCHEDULE,
+    effort: Effort | None = None,
 ) -> tuple[float, float]:
     """Choose the clip range with the smallest (relative) squared error of a layer's output.
 
@@ -107,9 +131,7 @@ def choose_range_for_output(  # noqa: PLR0913 - all options are keyword-only
         relative: power of each row's own output energy that its error is divided by; 0 weighs
             all rows alike. See `row_importance`.
         bits, signed, symmetric, narrow: as in `choose_range`.
-        projections: outputs are projected to so many random directions, unless the layer has no
-            more inputs than that: a root of its Gram matrix says the same; None: exact.
-        schedule: how finely the ends are searched.
+        effort: how finely; by default what `effort_for` gives.
 
     0 always lies inside; of equally good ranges the largest is taken.
 
@@ -127,22 +149,29 @@ def choose_range_for_output(  # noqa: PLR0913 - all options are keyword-only
         raise CalibrationError(msg)
     if low == high:
         return low, high
+    effort = effort_for(bits) if effort is None else effort
     weight = weight.detach().to(rows)
-    factor = _root(weight) if is_gram else weight
-    if projections is not None and len(factor) > projections:
-        exact = factor.shape[1] <= projections  # as of an image's three channels
-        factor = _root(factor.T @ factor) if exact else sketch(factor, projections)
+    factor = _fewer(_root(weight) if is_gram else weight, effort.projections)
     grid = IntGrid(bits, signed, narrow)
     codes = CodeRange(grid.qmin, grid.qmax, symmetric)
-
     importance = row_importance(rows, factor, relative) if relative else None
 
     def objective(lows: Tensor, highs: Tensor) -> Tensor:
-        part = slice(None, None, 2 if bits >= FINE_BITS and lows.numel() > MANY else 1)
+        halve = effort.halved is not None and lows.numel() > effort.halved
+        part = slice(None, None, 2 if halve else 1)
         counted = None if importance is None else importance[part]
         return output_error(rows[part], factor, codes, (lows, highs), counted)
 
-    return search_clip(objective, low, high, tied=symmetric, schedule=schedule)
+    return search_clip(objective, low, high, tied=symmetric, schedule=effort.schedule)
+
+
+def _fewer(factor: Tensor, projections: int | None) -> Tensor:
+    """At most so many rows that see errors as the given ones do, or as many as there are inputs."""
+    if projections is None or len(factor) <= projections:
+        return factor
+    if factor.shape[1] <= projections:  # exactly, as of an image's three channels
+        return _root(factor.T @ factor)
+    return sketch(factor, projections)
 
 
 def _root(gram: Tensor) -> Tensor:

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Per-channel clip search for weights: every channel tries every clip, in chunks.
-
-From `UNCLIPPED` bits on the whole range is taken: clipping won nothing measurable there (the output
-of MiniLM at W8A16 has 22.1 dB, 22.0 with the search; six other networks within 0.1 dB).
-"""
+"""Per-channel clip search for weights: every channel tries every clip, in chunks."""
 
 from __future__ import annotations
 
@@ -18,7 +14,7 @@ from qgraph.formats.affine import IntGrid
 
 CELLS = 1 << 18  # elements x candidates held at once; stays in a core's cache
 FINE = 4
-UNCLIPPED = 8
+CLIP_BELOW = 8  # bits; from there on a clip wins nothing: benchmarks/weight_clips.py
 
 
 def _losses(
@@ -54,8 +50,6 @@ def _best(loss: Tensor, fraction: Tensor) -> Tensor:
 
 def _search(rows: Tensor, ends: tuple[Tensor, Tensor], grid: IntGrid, how: _How) -> Tensor:
     """The best clip fraction [C] for rows [C, N]: a coarse grid, then around its best."""
-    if grid.bits >= UNCLIPPED:
-        return torch.ones(rows.shape[0], device=rows.device)
     smallest = {2: 0.2, 3: 0.3, 4: 0.4, 5: 0.5, 6: 0.6}.get(grid.bits, 0.75)
     count = 17 if grid.bits <= 4 else 9 if grid.bits <= 6 else 6
     step = (1.0 - smallest) / (count - 1)
@@ -83,12 +77,12 @@ def weight_parameters(
     narrow: bool = True,
     norm: float = 2.0,
     second_moment: Tensor | None = None,
+    clip: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Scale (fp32 [C]) and zero point (int32 [C]) per channel of a weight.
 
     Each channel is clipped to the fraction of its own range that minimises
-    ``sum_j m_j |Q(w_j) - w_j|^norm``; of equally good ones the largest. At 8 bits and more it
-    keeps its whole range.
+    ``sum_j m_j |Q(w_j) - w_j|^norm``; of equally good ones the largest.
 
     Args:
         weight: any rank; `axis` is the output channel (0; 1 for transposed convolutions).
@@ -96,6 +90,7 @@ def weight_parameters(
         second_moment: m, E[x_j^2] of the input that meets w_j; its numel is that of one channel
             of the weight, or that length divides it (then it is repeated inside, as the kernel
             positions of one input channel are).
+        clip: whether to search; otherwise every channel keeps its whole range.
 
     Raises:
         ConfigError: a non-finite weight or second moment, or a length that does not fit.
@@ -112,6 +107,8 @@ def weight_parameters(
     if symmetric and signed:
         high = torch.maximum(high, -low)
         low = torch.zeros_like(low) if narrow else low
+    if not clip:
+        return affine_parameters(low, high, grid.qmin, grid.qmax, symmetric=symmetric)
     size = max(1, CELLS // max(1, rows.shape[1] * 9))
     parts = range(0, rows.shape[0], size)
     found = [

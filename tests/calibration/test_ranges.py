@@ -21,7 +21,7 @@ from qgraph.calibration import (
     weight_scales,
 )
 from qgraph.calibration.clip_grid import pick, search_clip
-from qgraph.calibration.output_ranges import clamped_, sketch
+from qgraph.calibration.output_ranges import BRIEF, THOROUGH, Effort, clamped_, sketch
 from qgraph.calibration.ranges import METHODS, error_integral
 from qgraph.errors import CalibrationError, ConfigError
 from qgraph.formats import AffineEncoding, IntGrid
@@ -254,7 +254,7 @@ def test_output_aware_range_keeps_what_the_layer_amplifies(is_gram):
     given_weight = weight.T @ weight if is_gram else weight
     ours = choose_range_for_output(
         rows, given_weight, low=low, high=high, bits=4, relative=0.0, is_gram=is_gram,
-        projections=None,
+        effort=Effort(projections=None),
     )  # fmt: skip
     local = choose_range(*observed(rows), bits=4)
     assert output_loss(rows, weight, ours, 4) < 0.9 * output_loss(rows, weight, local, 4)
@@ -262,6 +262,23 @@ def test_output_aware_range_keeps_what_the_layer_amplifies(is_gram):
     best = min(output_loss(rows, weight, (low * a, high * b), 4) for a in grid for b in grid)
     assert output_loss(rows, weight, ours, 4) <= 1.05 * best
     assert low <= ours[0] <= 0 <= ours[1] <= high
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_brief_search_of_8_bits_finds_what_a_thorough_one_does(seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.nn.functional.gelu(torch.randn(128, 96, generator=generator))
+    rows *= torch.exp(1.5 * torch.randn(128, 1, generator=generator))
+    weight = torch.randn(200, 96, generator=generator)
+    low, high = float(rows.min()), float(rows.max())
+    losses = {
+        effort: output_loss(rows, weight, choose_range_for_output(
+            rows, weight, low=low, high=high, bits=8, relative=0.0, effort=effort
+        ), 8)
+        for effort in (BRIEF, THOROUGH, Effort(projections=None))
+    }  # fmt: skip
+    assert losses[BRIEF] <= 1.1 * min(losses.values())
+    assert losses[BRIEF] <= output_loss(rows, weight, (low, high), 8)
 
 
 def test_the_sketch_estimates_output_energy():
@@ -312,6 +329,13 @@ def test_weight_clip_is_as_good_as_an_exhaustive_search_per_channel(bits, symmet
         if k == 0:
             assert bool((found <= best * (1 + 1e-5)).all())
     assert float(found.sum()) <= 1.05 * float(best.sum())
+
+
+def test_without_a_clip_every_channel_keeps_its_largest_weight():
+    w = torch.randn(6, 400)
+    scale, _ = weight_parameters(w, bits=4, clip=False)
+    assert torch.allclose(scale * 7, w.abs().amax(1))
+    assert bool((weight_parameters(w, bits=4)[0] < scale).all())
 
 
 def test_weight_scales_follow_the_output_axis_of_transposed_convolutions():
