@@ -29,7 +29,9 @@ CASES = (
     ("zoo-ris", "ris_int4"), ("zoo-ris", "ris_int3"), ("zoo-sam", "sam_int4"),
     ("zoo-sam", "sam_int3"), ("zoo-sirst", "sirst_mixed"),
 )  # fmt: skip
-VARIANTS = {"without": None, "OBR": PLAIN, "MGRQ": FAR | INSIDE}
+VARIANTS = {
+    "without": None, "OBR": PLAIN, "OBR + EBGS": FAR, "OBR + IBLS": INSIDE, "MGRQ": FAR | INSIDE,
+}  # fmt: skip
 BATCHES = {"zoo-ris": 8, "zoo-sam": 8, "zoo-sirst": 8}
 
 
@@ -81,6 +83,8 @@ def main() -> None:
     """Measure what is missing, print, save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="such as zoo-sam/sam_int4")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS,
+                        default=["without", "OBR", "MGRQ"])  # fmt: skip
     parser.add_argument("--steps", type=int, default=100, help="per region")
     parser.add_argument("--samples", type=int, default=500, help="scored")
     parser.add_argument("--seeds", type=int, default=1)
@@ -93,7 +97,7 @@ def main() -> None:
             for seed in range(options.seeds if tuning is not None else 1):
                 key = f"{model}/{name}/{variant}/{seed}/{options.split}/{options.samples}"
                 key += f"/{options.steps}"
-                if options.only in key and key not in saved:
+                if options.only in key and variant in options.variants and key not in saved:
                     saved[key] = row(model, name, variant, seed, options)
                     RESULT.write_text(json.dumps(saved, indent=1) + "\n")
                     print(key, saved[key], flush=True)

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+RUN = 16  # fp32 values of one line of a processor's cache
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
@@ -22,18 +23,28 @@ def _is_prime(n: int) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def stride_for(length: int, rate: int, floor: int, cap: int) -> int:
-    """Stride that takes about ``length / rate`` of `length` elements.
+    """Distance between runs of `RUN` elements that take about ``length / rate`` of `length`.
 
-    At least `floor` and at most `cap` elements are taken. The stride is a prime that does not
-    divide `length`, hence coprime to every axis length: no channel is systematically skipped.
+    At least about `floor` and at most `cap` elements are taken; 1 says all. The distance is a
+    prime that does not divide `length`, hence coprime to every axis length: no channel is
+    systematically skipped. Memory comes in lines, so a stride over single elements reads them all.
     """
     wanted = min(max(length // rate, floor, 1), cap)
-    stride = -(-length // wanted)
-    if stride <= 1:
+    if wanted >= length:
         return 1
+    stride = max(RUN, -(-length // max(1, wanted // RUN)))
     while not _is_prime(stride) or length % stride == 0:
         stride += 1
     return stride
+
+
+@functools.lru_cache(maxsize=256)
+def run_positions(length: int, stride: int, device: torch.device) -> Tensor:
+    """int64: the positions in ``range(length)`` that `stride_for` takes, ascending."""
+    if stride == 1:
+        return torch.arange(length, device=device)
+    starts = torch.arange(0, max(1, length - RUN + 1), stride, device=device)
+    return (starts[:, None] + torch.arange(min(RUN, length), device=device)).flatten()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -51,16 +62,10 @@ def spread_positions(length: int, count: int) -> Tensor:
     return (torch.arange(count) * step % length).sort().values
 
 
-@functools.lru_cache(maxsize=1024)
-def unravelled(
-    shape: tuple[int, ...], positions: tuple[int, int], device: torch.device
-) -> tuple[Tensor, ...]:
-    """Indices, one tensor per axis of `shape`, of every ``stride``-th flat position.
-
-    `positions` is (length, stride): flat positions 0, stride, 2 stride, ... below length.
-    """
-    flat = torch.arange(0, positions[0], positions[1], device=device)
-    return torch.unravel_index(flat, shape)
+@functools.lru_cache(maxsize=256)
+def unravelled(shape: tuple[int, ...], stride: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Indices, one tensor per axis of `shape`, of the `run_positions` over it."""
+    return torch.unravel_index(run_positions(math.prod(shape), stride, device), shape)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -16,7 +16,13 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from qgraph.calibration.sampling import spread_indices, stride_for, unravelled
+from qgraph.calibration.sampling import (
+    RUN,
+    run_positions,
+    spread_indices,
+    stride_for,
+    unravelled,
+)
 from qgraph.errors import ArtifactError, CalibrationError, ConfigError
 
 INF = float("inf")
@@ -127,7 +133,9 @@ class Observation:
         if x.numel() == 0:
             return Extrema(x.new_full(shape, INF), x.new_full(shape, -INF), 0, 0)
         if self.on_host and weight is None:
-            low, high = x.amin(dims), x.amax(dims)
+            # one read where memory is in order; elsewhere aminmax would copy first
+            whole = not axes and x.is_contiguous()
+            low, high = torch.aminmax(x) if whole else (x.amin(dims), x.amax(dims))
             # an end that is NaN or infinite makes this sum so; torch.isfinite costs four reads
             if math.isfinite((low.sum() if axes else low).item()) and math.isfinite(
                 (high.sum() if axes else high).item()
@@ -142,8 +150,8 @@ class Observation:
         total = counted.sum()
         return Extrema(low, high, total, total - ok.sum())
 
-    def sample(self, rate: int, floor: int = 256, cap: int = 1 << 16) -> Sample:
-        """Values [B, n] at a fixed stride inside each sample; see `stride_for`."""
+    def sample(self, rate: int, floor: int = 4096, cap: int = 1 << 16) -> Sample:
+        """Values [B, ...] in runs at a fixed stride inside each sample; see `stride_for`."""
         key = (rate, floor, cap)
         if key not in self._samples:
             self._samples[key] = self._strided(*key)
@@ -151,17 +159,19 @@ class Observation:
 
     def _strided(self, rate: int, floor: int, cap: int) -> Sample:
         x = self.x
-        length = math.prod(x.shape[1:])
+        count, length = x.shape[0], math.prod(x.shape[1:])
         stride = stride_for(length, rate, floor, cap)
-        if x.is_contiguous() or stride == 1:
-            values = x.reshape(x.shape[0], length)[:, ::stride]
+        if stride == 1:
+            values = x.reshape(count, length)
+        elif x.is_contiguous():
+            runs = (length - RUN) // stride + 1
+            values = x.as_strided((count, runs, RUN), (length, stride, 1))
         else:
-            index = unravelled(tuple(x.shape[1:]), (length, stride), x.device)
-            values = self.at(x, index)
+            values = self.at(x, unravelled(tuple(x.shape[1:]), stride, x.device))
         if self.mask is None:
             return Sample(values, None)
-        tokens = torch.arange(0, length, stride, device=x.device) // x.shape[-1]
-        return Sample(values, self.mask.flatten(1)[:, tokens])
+        tokens = run_positions(length, stride, x.device) // x.shape[-1]
+        return Sample(values, self.mask.flatten(1)[:, tokens].view(values.shape))
 
     def vectors(self, axis: Axes, count: int) -> Sample:
         """Vectors [B, n, C] along `axis`, at n <= `count` fixed positions of each sample.

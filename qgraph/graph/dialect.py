@@ -34,6 +34,22 @@ _LIBRARY.define(f"quantize_levels(Tensor x, {_LEVELS}) -> Tensor")
 _LIBRARY.define(f"dequantize_levels(Tensor codes, {_LEVELS}) -> Tensor")
 
 
+def _settled(values: Tensor) -> Tensor:
+    """The same memory, with strides of axes of size 1 that follow from the others.
+
+    Such a stride means nothing, yet convolutions choose their kernel by it, so that values would
+    round differently for where their quantizer stands among moves.
+    """
+    if 1 not in values.shape:
+        return values
+    strides = list(values.stride())
+    for axis in reversed(range(values.ndim)):
+        if values.shape[axis] == 1:
+            last = axis == values.ndim - 1
+            strides[axis] = 1 if last else strides[axis + 1] * values.shape[axis + 1]
+    return values.as_strided(values.shape, strides)
+
+
 def _quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int,
     axis: int | None = None, block: int | None = None,
@@ -46,7 +62,7 @@ def _dequantize(
     axis: int | None = None, block: int | None = None,
 ) -> Tensor:  # fmt: skip
     del qmin, qmax
-    return affine_decode(codes, scale, zero_point, axis, block)
+    return _settled(affine_decode(codes, scale, zero_point, axis, block))
 
 
 def _quantize_levels(
@@ -62,7 +78,7 @@ def _dequantize_levels(
     axis: int | None = None,
 ) -> Tensor:  # fmt: skip
     del thresholds, format, bits
-    return levels_decode(codes, scale, levels, axis)
+    return _settled(levels_decode(codes, scale, levels, axis))
 
 
 for _name, _kernel in (

@@ -268,8 +268,9 @@ def test_output_aware_range_keeps_what_the_layer_amplifies(is_gram):
 def test_the_brief_search_of_8_bits_finds_what_a_thorough_one_does(seed):
     generator = torch.Generator().manual_seed(seed)
     rows = torch.nn.functional.gelu(torch.randn(128, 96, generator=generator))
-    rows *= torch.exp(1.5 * torch.randn(128, 1, generator=generator))
+    rows[:, 3] *= 20.0
     weight = torch.randn(200, 96, generator=generator)
+    weight[:, 3] *= 2e-4  # large, and hardly read: worth a clip
     low, high = float(rows.min()), float(rows.max())
     losses = {
         effort: output_loss(rows, weight, choose_range_for_output(
@@ -277,8 +278,8 @@ def test_the_brief_search_of_8_bits_finds_what_a_thorough_one_does(seed):
         ), 8)
         for effort in (BRIEF, THOROUGH, Effort(projections=None))
     }  # fmt: skip
-    assert losses[BRIEF] <= 1.1 * min(losses.values())
-    assert losses[BRIEF] <= output_loss(rows, weight, (low, high), 8)
+    assert losses[BRIEF] <= 1.3 * min(losses.values())
+    assert losses[BRIEF] <= 0.5 * output_loss(rows, weight, (low, high), 8)
 
 
 def test_the_sketch_estimates_output_energy():

@@ -24,7 +24,8 @@ from qgraph.calibration import (
     make_statistic,
 )
 from qgraph.calibration import moments as moments_module
-from qgraph.calibration.sampling import spread_positions, stride_for
+from qgraph.calibration.sampling import run_positions, spread_positions, stride_for
+from qgraph.calibration.statistics import Observation
 from qgraph.errors import ArtifactError, CalibrationError, ConfigError
 
 ROUNDED = {"total", "squares", "matrix"}
@@ -207,11 +208,27 @@ def test_moments_match_their_definition(chunk, monkeypatch):
 def test_sampling_positions_are_distinct_and_never_resonate_with_an_axis(length, rate):
     stride = stride_for(length, rate, 16, 1 << 16)
     assert stride == 1 or math.gcd(stride, length) == 1
-    taken = -(-length // stride)
-    assert taken <= max(length // rate, 16, 1)
+    taken = run_positions(length, stride, torch.device("cpu"))
+    assert taken.unique().numel() == taken.numel() <= max(length // rate, 16, 1)
+    assert taken.numel() >= min(length, max(length // rate, 16)) // 3
+    assert int(taken.max()) < length
     positions = spread_positions(length, rate)
     assert positions.unique().numel() == min(rate, length)
     assert int(positions.max()) < length
+
+
+def test_sampled_values_are_the_same_however_a_tensor_lies_in_memory():
+    x = torch.randn(4, 90, 60)[1:]
+    numbers = torch.arange(x[0].numel()).view(1, 90, 60).expand(3, -1, -1)
+    mask = torch.rand(3, 90) < 0.5
+    turned = x.transpose(1, 2).contiguous().transpose(1, 2)
+    taken = run_positions(90 * 60, stride_for(90 * 60, 16, 4096, 1 << 16), x.device)
+    for each in (x, turned):
+        found = Observation(each, mask).sample(16)
+        assert torch.equal(found.values.flatten(1), x.flatten(1)[:, taken])
+        assert found.keep is not None
+        tokens = numbers.flatten(1)[:, taken] // 60
+        assert torch.equal(found.keep.flatten(1), mask.gather(1, tokens))
 
 
 def test_wrong_requests_name_what_is_allowed():

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Interpreter
 
 from qgraph.context import Context
 from qgraph.graph.build import insert_buffer
@@ -49,6 +51,30 @@ class MovedTwice(nn.Module):
     def forward(self, x):
         y = self.first(x)
         return self.left(y.transpose(1, 2)) + self.right(y.transpose(1, 2).clone())
+
+
+class Convolved(nn.Module):
+    """Tokens in front turned into a picture of width 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        return self.second(self.first(x).transpose(1, 2).unsqueeze(-1))
+
+
+class Probe(Interpreter):
+    """Runs a graph and gives all its tensors by name."""
+
+    def values(self, *args):
+        self.found: dict[str, Any] = {}
+        self.run(*args)
+        return self.found
+
+    def run_node(self, n):
+        self.found[n.name] = super().run_node(n)
+        return self.found[n.name]
 
 
 def built(cls: type[nn.Module], choose=minmax) -> GraphModule:
@@ -114,3 +140,13 @@ def test_quantizers_of_one_scale_and_two_zero_points_stay_two():
     want = module(X)
     assert hoisted(module)
     assert torch.equal(module(X), want)
+
+
+def test_a_convolution_behind_a_moved_quantizer_sees_the_same_strides():
+    module = built(Convolved)
+    reads = next(n for n in module.graph.nodes if n.target is aten.conv2d.default).args[0]
+    want = Probe(module).values(X)[reads.name]
+    assert hoisted(module)
+    got = Probe(module).values(X)[reads.name]
+    assert torch.equal(got, want)
+    assert got.stride() == want.stride()
