@@ -12,6 +12,7 @@ from torch.fx import Node
 from qgraph.calibration.channel_histogram import ChannelHistogram
 from qgraph.calibration.extrema import ChannelRange, Range
 from qgraph.calibration.histogram import Histogram
+from qgraph.calibration.later import Later
 from qgraph.calibration.moments import Gram, Moments
 from qgraph.calibration.reservoir import JointReservoir, Reservoir
 from qgraph.calibration.statistics import Observation, Statistic
@@ -65,9 +66,14 @@ class FusedStatistics:
         self.statistics: tuple[Statistic, ...] = tuple(order)
         self.check = check
 
-    def update(self, x: Tensor, *, mask: Tensor | None = None) -> int | Tensor:
-        """Add the samples of `x`; returns how many values were NaN or infinite."""
-        seen = Observation(x, mask)
+    def update(
+        self, x: Tensor, *, mask: Tensor | None = None, later: Later | None = None
+    ) -> int | Tensor:
+        """Add the samples of `x`; returns how many values were NaN or infinite.
+
+        What `later` takes counts from its next run on.
+        """
+        seen = Observation(x, mask, later)
         if not seen.x.shape[0]:
             return 0
         for statistic in self.statistics:

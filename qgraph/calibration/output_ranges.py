@@ -39,7 +39,7 @@ class Effort:
 
 
 THOROUGH = Effort()
-BRIEF = Effort(projections=32, halved=16)
+BRIEF = Effort(projections=16, halved=16)
 ROUGH = Effort(Schedule(coarse=4, fine=3, rounds=1, smallest=2.0**-2.25))  # to judge by only
 
 

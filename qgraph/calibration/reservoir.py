@@ -173,6 +173,12 @@ class Reservoir(_BottomK):
 
     def observe(self, seen: Observation) -> None:  # noqa: D102
         values, keep = seen.vectors(self.axis, self.per_sample)
+        if seen.later is None:
+            self._offer_one(values, keep)
+        else:
+            seen.later.put_off(self._offer_one, values, keep)
+
+    def _offer_one(self, values: Tensor, keep: Tensor | None) -> None:
         self._offer([values], keep)
 
     def sampled(self) -> Tensor:

@@ -16,6 +16,7 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from qgraph.calibration.later import Later
 from qgraph.calibration.sampling import (
     RUN,
     run_positions,
@@ -69,14 +70,16 @@ class Observation:
         x: floating tensor; dim 0 is the sample axis.
         mask: bool [B, T]: True where a row of x [B, T, C] counts (a token that is not padding).
             Values that do not have exactly one dimension more than the mask ignore it.
+        later: takes small work on the host; None: it is done at once.
     """
 
-    def __init__(self, x: Tensor, mask: Tensor | None = None) -> None:
+    def __init__(self, x: Tensor, mask: Tensor | None = None, later: Later | None = None) -> None:
         if not x.is_floating_point():
             msg = f"statistics need a floating tensor, got {x.dtype} {list(x.shape)}"
             raise CalibrationError(msg)
         x = x.detach()
         self.x = x if x.dtype == torch.float32 else x.to(torch.float32)
+        self.later = later if self.on_host else None
         if self.x.ndim < 2:
             self.x = self.x.reshape(1, -1)
         fits = mask is not None and mask.ndim + 1 == x.ndim and mask.shape == x.shape[:-1]
@@ -176,20 +179,24 @@ class Observation:
     def vectors(self, axis: Axes, count: int) -> Sample:
         """Vectors [B, n, C] along `axis`, at n <= `count` fixed positions of each sample.
 
-        Valid until the next call: they may lie in a buffer that all tensors share.
+        Valid until the next call, or `later` runs: they may lie in a buffer that tensors share.
         """
         axes = channel_axes(axis, self.x.ndim)
         y = self.x.movedim(axes, tuple(range(-len(axes), 0)))
         inner = tuple(y.shape[1 : -len(axes)])
         if not inner:
             keep = None if self.mask is None else self.mask.unsqueeze(1)
-            return Sample(y.flatten(1).unsqueeze(1), keep)
+            rows = y.flatten(1).unsqueeze(1)
+            if self.later is not None:  # what waits must not be a view of a value that goes on
+                rows = self.later.room(tuple(rows.shape)).copy_(rows)
+            return Sample(rows, keep)
         flat, index = spread_indices(inner, count, y.device)
         use_mask = self.mask is not None and axes == (self.x.ndim - 1,)
         keep = self.mask.flatten(1)[:, flat] if use_mask and self.mask is not None else None
         if len(index) > 1 or not self.on_host:
             return Sample(self.at(y, index).flatten(2), keep)
-        room = scratch((y.shape[0], len(flat), *y.shape[2:]), y.dtype)
+        shape = (y.shape[0], len(flat), *y.shape[2:])
+        room = scratch(shape, y.dtype) if self.later is None else self.later.room(shape)
         return Sample(torch.index_select(y, 1, index[0], out=room).flatten(2), keep)
 
 

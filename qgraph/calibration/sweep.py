@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from qgraph.calibration.fused import FusedStatistics
+from qgraph.calibration.later import Later
 from qgraph.calibration.loader import Arguments, Signature, adapter
 from qgraph.calibration.ranks import Share
 from qgraph.calibration.statistics import Statistic
@@ -37,9 +38,11 @@ class _Run:
     batch: int = 0
     mask: Tensor | None = None
     pending: list[tuple[Node, Tensor, list[int]]] = field(default_factory=list)
+    later: Later = field(default_factory=Later)
 
     def settle(self) -> None:
-        """Read the counts of a device back, once per batch."""
+        """Do what waits, and read the counts of a device back, once per batch."""
+        self.later.run()
         if not self.pending:
             return
         counts = torch.stack([count for _, count, _ in self.pending]).tolist()
@@ -70,7 +73,7 @@ class _Tap(nn.Module):
         if len(values) > 1:
             self.statistics.update_all(values)
             return
-        bad = self.statistics.update(values[0], mask=self.sweep.mask)
+        bad = self.statistics.update(values[0], mask=self.sweep.mask, later=self.sweep.later)
         if isinstance(bad, int):
             self.sweep.refuse(self.nodes[0], bad, values[0].shape)
         elif bad.device.type == "cpu":

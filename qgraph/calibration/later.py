@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small work put off until there is much of it.
+
+Between the large operations of a model, each small one runs with its code out of the processor's
+caches, at five to ten times its cost in a loop. So rows wait in a buffer, and many tensors' rows
+are worked on in turn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+ROOM = 1 << 21  # fp32 values that may wait
+
+
+class Later:
+    """A buffer of rows that wait, and what to do with them."""
+
+    def __init__(self) -> None:
+        self._room: Tensor | None = None
+        self._used = 0
+        self._waiting: list[tuple[Callable[..., None], Tensor, Tensor | None]] = []
+
+    def room(self, shape: tuple[int, ...]) -> Tensor:
+        """Uninitialised fp32 on the host that stays valid until `run`."""
+        size = math.prod(shape)
+        if self._used + size > ROOM:
+            self.run()
+        if size > ROOM:
+            return torch.empty(shape, device="cpu")
+        if self._room is None:  # the pages are the system's until they are written
+            self._room = torch.empty(ROOM, device="cpu")
+        start, self._used = self._used, self._used + size
+        return self._room[start : self._used].view(shape)
+
+    def put_off(self, work: Callable[..., None], rows: Tensor, keep: Tensor | None) -> None:
+        """Call ``work(rows, keep)`` at the next `run`; `rows` lie in a `room`."""
+        self._waiting.append((work, rows, keep))
+
+    def run(self) -> None:
+        """Do all that waits."""
+        waiting, self._waiting, self._used = self._waiting, [], 0
+        for work, rows, keep in waiting:
+            work(rows, keep)
