@@ -52,6 +52,7 @@ def test_rows_of_boxes_and_scores_are_taken_apart() -> None:
     assert paths(found.regression) == {"box_tower.0", "boxes"}
     assert paths(found.classification) == {"class_tower.0", "classes"}
     assert len(found.joined) >= 2
+    assert all(node.op == "call_function" for node in found.joined)
     assert not heads_of(detector(), images()[0]).joined
 
 
