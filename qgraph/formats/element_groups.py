@@ -69,14 +69,14 @@ def element_groups(thresholds: Tensor, low: float, high: float, bits: int) -> Le
     levels, groups = [torch.zeros(1, dtype=torch.int64)], [torch.zeros(1, dtype=torch.int64)]
     for number, (step, (a, _)) in enumerate(zip(steps, ends, strict=True)):
         zero = round(-a / step)
-        grid = (torch.arange(top + 1) - zero) * max(1, round(step / unit))
+        grid = (torch.arange(top + 1) - zero) * round(step / unit)
         size = grid.abs() * unit
         inside = (size > edges[number]) & ((size <= edges[number + 1]) | (number == 0))
         levels.append(grid[inside])
         groups.append(torch.full_like(grid[inside], number))
     values, index = torch.cat(levels).unique(return_inverse=True)
     group = torch.zeros_like(values).scatter_(0, index, torch.cat(groups))
-    extra = math.ceil(math.log2(len(steps))) if len(steps) > 1 else 0
+    extra = math.ceil(math.log2(len(steps)))
     return LevelEncoding(
         name=f"{len(steps)} element groups", scale=torch.tensor(unit), levels=values.int(),
         thresholds=_cuts(values, group, thresholds / unit), storage_bits=bits + extra,

@@ -106,10 +106,9 @@ class LevelEncoding(Encoding):
         if self.levels.shape[-1] < 2 or not bool((self.levels.diff(dim=-1) > 0).all()):
             msg = f"{self.name}: levels must be at least two and strictly ascending"
             raise ConfigError(msg)
-        below = self.thresholds >= self.levels[..., :-1]
-        above = self.thresholds < self.levels[..., 1:]
-        if self.thresholds.shape[-1] != self.levels.shape[-1] - 1 or not bool(
-            (below & above).all()
+        low, high = self.levels[..., :-1], self.levels[..., 1:]
+        if self.thresholds.shape != low.shape or not bool(
+            ((self.thresholds >= low) & (self.thresholds < high)).all()
         ):
             msg = f"{self.name}: each decision threshold must lie between its two levels"
             raise ConfigError(msg)

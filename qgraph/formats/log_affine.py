@@ -150,10 +150,8 @@ def _table(parameters: LogAffine, reach: Tensor, unit: Tensor) -> tuple[Tensor, 
     """Integer levels int32 [C, L] and thresholds fp32 [C, L-1], in units."""
     middle = torch.round(parameters.centre / unit)
     first = int(parameters.reserve_zero)
-    away = torch.round(reach[..., first:] / unit[:, None, None])
-    # Neighbours of the centre keep off it and off each other; then each level off the one before.
-    least = 1.0 + torch.arange(away.shape[-1], dtype=torch.float64, device=away.device)
-    away = torch.maximum(away, least)
+    # Neighbours of the centre keep off it, and each level off the one before.
+    away = torch.round(reach[..., first:] / unit[:, None, None]).clamp(min=1.0)
     for q in range(1, away.shape[-1]):
         away[..., q] = torch.maximum(away[..., q], away[..., q - 1] + 1)
     below = middle[:, None] - away[:, 0].flip(-1)
