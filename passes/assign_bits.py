@@ -244,7 +244,7 @@ class AssignBits(Pass):
                     for width, omega in omegas.items()
                 ]
         real = answer.costs | {"activations": stored_bytes(module, context.plan)}
-        used = {r: round(real[r] / units.floats[r], 5) for r in units.floats}
+        used = {r: round(real[r] / whole, 5) for r, whole in units.floats.items() if whole > 0}
         context.record(
             self.name, "network", "applied", f"mode {answer.mode}, shares of the float network",
             omega=answer.omega, gap=answer.gap, **used,
