@@ -65,11 +65,15 @@ def rescale(x: Tensor, multiplier: Tensor, shift: Tensor) -> Tensor:
 
 
 def rescale_wide(x: Tensor, multiplier: Tensor, shift: Tensor) -> Tensor:
-    """The same for ``|x| < 2^47``: split at 16 bits, the low product's tail is dropped."""
+    """The same for ``|x| < 2^47``: split at 16 bits, the low product's tail is dropped.
+
+    Factors from 2^15 on have shifts below 16: what does not saturate then is short enough.
+    """
     low = ((x & 0xFFFF) * multiplier) >> 16
-    return rounding_shift(
+    wide = rounding_shift(
         (((x >> 16) * multiplier) + low).clamp(-(2**61), 2**61), (shift - 16).clamp_min(0)
     )
+    return torch.where(shift < 16, rescale(x.clamp(-(2**31), 2**31), multiplier, shift), wide)
 
 
 def saturate(x: Tensor) -> Tensor:

@@ -242,8 +242,17 @@ def _bound(
         growth = 1 if shift is None else 1 << int(shift.max())
         start = 0 if bias is None else int(bias.to(torch.int64).abs().max())
         return growth * dynamic_bound(length, data.range(), weight.range()) + start
-    axis = what.weight_axis if levels.ndim > 1 else 0
-    return static_bound(levels, axis, data.range(), bias)
+    return static_bound(*_with_outputs(what, levels), data.range(), bias)
+
+
+def raw_bound(form: ProductForm, weight: Tensor) -> int:
+    """Largest absolute sum of uint8 codes, zero points not yet taken off, times a weight."""
+    return static_bound(*_with_outputs(form.what, weight), (0, 255), None)
+
+
+def _with_outputs(what: Product, weight: Tensor) -> tuple[Tensor, int]:
+    """A weight and its output axis; a vector is one column."""
+    return (weight, what.weight_axis) if weight.ndim > 1 else (weight.unsqueeze(-1), -1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -26,7 +26,12 @@ from qgraph.backends.integer.kernels import (
 )
 from qgraph.backends.integer.planes import wide_product
 from qgraph.backends.integer.values import Coded, KernelChoice
-from qgraph.backends.products import ProductForm, contraction_axis_of_weight, shifted_weight
+from qgraph.backends.products import (
+    ProductForm,
+    contraction_axis_of_weight,
+    raw_bound,
+    shifted_weight,
+)
 from qgraph.formats import AffineEncoding
 from qgraph.formats.base import along
 from qgraph.graph.ops import OpKind, argument, kind
@@ -92,7 +97,7 @@ def _not_u8(form: ProductForm, data: Coded, weight: Tensor) -> str:
         return f"operand is {form.data.encoding.describe()}"
     if int(weight.min()) < -128 or int(weight.max()) > 127:
         return "weight levels exceed int8"
-    if form.bound + 255 * int(weight.abs().sum(dim=0).max()) >= INT32_LIMIT:
+    if form.bound + raw_bound(form, weight) >= INT32_LIMIT:
         return "accumulator exceeds int32"
     return ""
 
@@ -166,10 +171,11 @@ def _unit_scales(emitter: Emitter, channels: int) -> tuple[Node, Node]:
     return pair
 
 
-def _pair(value: Any, flat: bool, fill: int) -> list[int]:
+def _pair(value: Any, fill: int | None = None) -> list[int]:
+    """Numbers of both axes; `fill` stands in front of those of one axis alone."""
     numbers = [value] if isinstance(value, int) else list(value)
-    if flat:
-        return [fill, numbers[0]]
+    if fill is not None:
+        return [fill, *numbers]
     return numbers * 2 if len(numbers) == 1 else numbers
 
 
@@ -201,7 +207,7 @@ def _conv_call(
     """[B, C, H, W] x [N, C/groups, kh, kw]."""
     node, flat = form.node, form.node.meta["val"].ndim == 3
     stride, padding, dilation = (
-        _pair(argument(node, i), flat, fill) for i, fill in ((3, 1), (4, 0), (5, 1))
+        _pair(argument(node, i), fill if flat else None) for i, fill in ((3, 1), (4, 0), (5, 1))
     )
     groups: Any = argument(node, 6)
     packed = pack_conv(weight.to(torch.int8), zero, stride, padding, dilation, int(groups))
@@ -218,9 +224,7 @@ def _upsampling(
 ) -> KernelChoice | None:
     """A transposed convolution whose windows do not overlap: 1 x 1, then pixel shuffle."""
     node, size = form.node, weight.shape[2]
-    stride, padding, extra, dilation = (
-        _pair(argument(node, i), False, fill) for i, fill in ((3, 1), (4, 0), (5, 0), (7, 1))
-    )
+    stride, padding, extra, dilation = (_pair(argument(node, i)) for i in (3, 4, 5, 7))
     tiled = stride == [size, size] == list(weight.shape[2:]) and dilation == [1, 1]
     if not tiled or any(padding) or any(extra) or argument(node, 6) != 1:
         return None

@@ -19,7 +19,7 @@ from torch.fx import Node
 from qgraph.backends.bounds import INT32_LIMIT
 from qgraph.backends.integer.kernels import LINEAR_I32
 from qgraph.backends.integer.values import Coded, KernelChoice
-from qgraph.backends.products import ProductForm, shifted_weight
+from qgraph.backends.products import ProductForm, raw_bound, shifted_weight
 from qgraph.formats import AffineEncoding
 from qgraph.formats.base import along
 from qgraph.graph.ops import OpKind, kind
@@ -57,7 +57,7 @@ def _is_int8(form: ProductForm, data: Coded, weight: Tensor) -> bool:
         and data.storage.dtype is torch.uint8
         and int(weight.min()) >= -128
         and int(weight.max()) <= 127
-        and 2 * form.bound + 2 * 255 * int(weight.abs().sum(-1).max()) < INT32_LIMIT
+        and 2 * (form.bound + raw_bound(form, weight)) < INT32_LIMIT
     )
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 # More int8 products than this, and one float64 product is quicker.
 MAX_PRODUCTS = 3
+MAX_DIGITS = 8  # of an int64
 
 # (data in uint8, its zero point, int8 weight) -> float32 sums
 Kernel = Callable[[Node, int, Tensor], Node]
@@ -34,10 +35,12 @@ def digits(values: Tensor) -> list[Tensor]:
     """Digits of integers to base 256, each in -128 ... 127, lowest first (int64)."""
     rest = values.to(torch.int64)
     found: list[Tensor] = []
-    while bool(rest.any()) or not found:
+    for _ in range(MAX_DIGITS):
         low = ((rest + 128) & 255) - 128
         found.append(low)
         rest = (rest - low) >> 8
+        if not bool(rest.any()):
+            break
     return found
 
 
@@ -58,12 +61,12 @@ def wide_product(
             sums = total_range(digit, 0, (-zero, 255 - zero))
             if max(float(s.abs().max()) for s in sums) >= FLOAT32_EXACT:
                 return None
-            terms.append((256 ** (p + q), node, zero, digit.to(torch.int8)))
+            terms.append((p + q, node, zero, digit.to(torch.int8)))
     total: Node | None = None
-    for factor, node, zero, digit in terms:
+    for power, node, zero, digit in terms:
         part = emitter.arithmetic(aten.to.dtype, kernel(node, zero, digit), torch.float64)
-        if factor > 1:
-            part = emitter.arithmetic(aten.mul.Tensor, part, factor)
+        if power:
+            part = emitter.arithmetic(aten.mul.Tensor, part, 256**power)
         total = part if total is None else emitter.arithmetic(aten.add.Tensor, total, part)
     start = _start(form, data, weight)
     if bool(start.any()):

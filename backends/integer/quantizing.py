@@ -30,6 +30,10 @@ class QuantizerEmission(Emission):
         value: Node = self.plain(node)
         return value
 
+    def _parameter(self, node: Node) -> Node:
+        """A quantizer's parameter as it is stored, in whatever the mode's values are kept."""
+        return self.buffer(node.name, self.semantics.constant(node))
+
     def _quantize(self, node: Node) -> Coded:
         source: Any = node.args[0]
         target, storage = self.semantics.encodings[node], Storage.of(self.semantics.encodings[node])
@@ -51,9 +55,9 @@ class QuantizerEmission(Emission):
         if isinstance(target, AffineEncoding) and target.block is None:
             floats = self.plain(source)
             return Coded(self._encoded(source, floats, target, storage), storage)
-        rest = map_arg(node.args[1:], self.plain)
+        rest = map_arg(node.args[1:], self._parameter)
         codes = self.call(
-            node.target, self.as_float(source), *rest, **map_arg(node.kwargs, self.plain)
+            node.target, self.as_float(source), *rest, **map_arg(node.kwargs, self._parameter)
         )
         wide = self.call(
             aten.add.Tensor, self.call(aten.to.dtype, codes, torch.int32), storage.offset
@@ -65,7 +69,7 @@ class QuantizerEmission(Emission):
         floats, storage = self.as_float(source), Storage.of(target)
         if (steps := half_steps(target)) is not None:
             return Coded(self._ranked(source, floats, target, steps), storage)
-        rest = map_arg(node.args[1:], self.plain)
+        rest = map_arg(node.args[1:], self._parameter)
         return Coded(self.call(QUANTIZE_LEVELS, floats, *rest, **node.kwargs), storage)
 
     def _ranked(self, source: Node, floats: Node, target: LevelEncoding, steps: HalfSteps) -> Node:
