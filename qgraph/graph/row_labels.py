@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from qgraph.graph.build import attribute
 from qgraph.graph.edges import Edge
@@ -203,7 +204,7 @@ class _Replay:
             return handler(self, node, labelled)
         if product(node) is not None:
             return self._product(node, labelled)
-        if kind(node) is OpKind.OTHER and not isinstance(node.meta.get("val"), Tensor):
+        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(node.meta.get("val"))):
             return None  # sizes
         return self._pin(node, labelled, _WORDS.get(kind(node), f"meets {_name(node)}"))
 
@@ -330,7 +331,7 @@ class _Replay:
         labels = self.found.values[operand]
         on_right = node.args[1] is table
         labels = self.classes.unite_along(labels, -2 if on_right else -1, reason)
-        labels = labels.transpose(-2, -1) if on_right else labels  # [..., D, 1] or [..., 1, D]
+        labels = labels.transpose(-2, -1)  # as the table: [..., D, 1] or [..., 1, D]
         shape = [1] * (labels.ndim - table.meta["val"].ndim) + list(table.meta["val"].shape)
         if len(shape) > labels.ndim:
             labels = labels.view(*[1] * (len(shape) - labels.ndim), *labels.shape)

@@ -38,7 +38,7 @@ class Sketch:
         """A placeholder; its first `free` sizes are symbols, equal ones (of 3 or more) alike."""
         node = self.graph.placeholder(name)
         kinds = [DimDynamic.DUCK if i < free else DimDynamic.STATIC for i in range(len(shape))]
-        context = StatelessSymbolicContext(dynamic_sizes=kinds)
+        context: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
         value = torch.empty(shape, dtype=dtype)
         node.meta["val"] = self._mode.from_tensor(value, symbolic_context=context)
         return node
