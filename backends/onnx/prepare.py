@@ -113,14 +113,18 @@ def _mark(prepared: Prepared) -> None:
         node.replace_all_uses_with(marked, delete_user_cb=lambda user, m=marked: user is not m)
 
 
+def _is_wide(encoding: AffineEncoding) -> bool:
+    """Whether neither int16 nor uint16 holds the codes."""
+    low, high = encoding.qmin, encoding.qmax
+    return not (-(2**15) <= low and high < 2**15) and not (low >= 0 and high < 2**16)
+
+
 def _container(encoding: AffineEncoding, node: Node) -> tuple[int, torch.dtype]:
     """Shift and dtype in which activation codes are stored."""
     if encoding.qmax - encoding.qmin <= 255:
         return -encoding.qmin if encoding.qmin < 0 else 0, torch.uint8
-    if encoding.qmin >= -(2**15) and encoding.qmax < 2**15:
-        return 0, torch.int16
-    if encoding.qmin >= 0 and encoding.qmax < 2**16:
-        return 0, torch.uint16
+    if not _is_wide(encoding):
+        return 0, torch.int16 if encoding.qmax < 2**15 else torch.uint16
     msg = f"{node.name}: no ONNX integer type holds codes {encoding.qmin}..{encoding.qmax}"
     raise ExportError(msg)
 
@@ -192,15 +196,15 @@ def _lower_dequantize(prepared: Prepared, node: Node) -> None:
 def _stored_codes(
     module: GraphModule, node: Node, source: Node, encoding: AffineEncoding
 ) -> tuple[Node, Tensor | None]:
-    """Codes and zero points of a stored tensor, in int8 where they fit, else int16 or int32."""
+    """Codes and zero points of a stored tensor, in int8 where they fit, else 16 bits or int32."""
     codes = attribute(module, str(source.target))
-    if encoding.qmin < -(2**15) or encoding.qmax >= 2**16:
+    if _is_wide(encoding):
         if not encoding.is_symmetric:
             msg = f"{node.name}: int32 codes must have zero point 0"
             raise ExportError(msg)
         return source, None
     shift = 0
-    dtype = torch.int8 if encoding.qmax - encoding.qmin <= 255 else torch.int16
+    dtype = torch.int8 if encoding.qmax - encoding.qmin <= 255 else _container(encoding, node)[1]
     if dtype is torch.int8 and not (encoding.qmin >= -128 and encoding.qmax <= 127):
         shift = -128 - encoding.qmin
     if shift or codes.dtype != dtype:
