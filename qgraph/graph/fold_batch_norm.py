@@ -192,7 +192,8 @@ def _match_affine(module: GraphModule, node: Node) -> tuple[Node, _Affine] | Non
     if constant is None or not isinstance(source, Node) or not _can_fold(source, node):
         return None
     axis, value = _channel_axis(source), source.meta["val"]
-    if not constant.is_floating_point() or constant.ndim > value.ndim:
+    promotes = node.meta["val"].dtype != value.dtype
+    if promotes or not constant.is_floating_point() or constant.ndim > value.ndim:
         return None
     shape = (*[1] * (value.ndim - constant.ndim), *constant.shape)
     channels = int(shape_of(source)[axis])

@@ -45,6 +45,7 @@ class Sketch:
 
     def stored(self, value: Tensor, name: str = "w") -> Node:
         """A buffer and the node that reads it; a name that is taken reads what is there."""
+        name = name.replace(".", "_")
         if not hasattr(self.module, name):
             self.module.register_buffer(name, value)
         node = self.graph.get_attr(name)
