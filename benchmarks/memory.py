@@ -3,8 +3,9 @@
 
 Each measurement is a process of its own: one runs the float model over the calibration batches, the
 other compiles it with the same batches; both import the same packages. What counts is the peak of
-resident memory, imports included, as the operating system tells it. `--models sam` compiles the
-image encoder of SAM ViT-B at 1024 pixels, whose address space is limited to 12 GiB.
+resident memory, imports included, as the operating system tells it; rounds alternate, the ratio is
+that of the medians. `--models sam` compiles the image encoder of SAM ViT-B at 1024 pixels, whose
+address space is limited to 12 GiB.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -75,35 +78,47 @@ def measured(model: str, batches: int, pipeline: str, *, verify: bool) -> dict[s
     return found
 
 
+def compared(model: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Medians over the rounds, and the range of the rounds' own ratios."""
+    pairs = [
+        tuple(measured(model, options.batches, name, verify=not options.no_verify)["peak"]
+              for name in (options.pipeline, ""))
+        for _ in range(options.rounds)
+    ]  # fmt: skip
+    ours, floats = (statistics.median(each) for each in zip(*pairs, strict=True))
+    ratios = sorted(a / b for a, b in pairs)
+    return {
+        "batches": options.batches, "rounds": options.rounds, "float_bytes": floats,
+        "bytes": ours, "ratio": ours / floats, "lowest": ratios[0], "highest": ratios[-1],
+    }  # fmt: skip
+
+
 def main() -> None:
     """Measure all models, print, save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=DEFAULT)
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--pipeline", default="int8")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-verify", action="store_true")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    verify = not options.no_verify
     if options.child:
-        found = child(options.models[0], options.batches, options.pipeline, verify=verify)
+        found = child(options.models[0], options.batches, options.pipeline,
+                      verify=not options.no_verify)  # fmt: skip
         print(json.dumps(found))
         return
     saved = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     for model in options.models:
-        ours = measured(model, options.batches, options.pipeline, verify=verify)
-        floats = measured(model, options.batches, "", verify=verify)
-        saved[f"{model} {options.pipeline}{'' if verify else ', unverified'}"] = {
-            "batches": options.batches, "float_bytes": floats["peak"], "bytes": ours["peak"],
-            "ratio": ours["peak"] / floats["peak"],
-        }  # fmt: skip
+        name = f"{model} {options.pipeline}{', unverified' if options.no_verify else ''}"
+        saved[name] = compared(model, options)
         RESULT.write_text(json.dumps(saved, indent=1) + "\n")
     lines = [
         (name, f"{row['float_bytes'] / 2**20:.0f}", f"{row['bytes'] / 2**20:.0f}",
-         f"{row['ratio']:.2f}")
+         f"{row['ratio']:.2f}", f"{row['lowest']:.2f} .. {row['highest']:.2f}")
         for name, row in saved.items()
     ]  # fmt: skip
-    print(table(("model", "float MiB", "compile MiB", f"ratio (limit {LIMIT})"), lines))
+    print(table(("model", "float MiB", "compile MiB", f"ratio (limit {LIMIT})", "range"), lines))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from qgraph.calibration import (
     choose_range_for_output,
 )
 from qgraph.calibration.outliers import SUSPECT, outlier_ratio
+from qgraph.calibration.output_ranges import BRIEF_FROM, effort_for
 from qgraph.calibration.ranges import range_sqnr
 from qgraph.calibration.ranks import Ranks
 from qgraph.context import Context
@@ -55,6 +56,8 @@ class ChooseRanges(Pass):
         add_sqnr: a residual add whose operand would keep less than so many dB stays in float and
             is reported (residual streams of transformers live off a few huge channels); minus
             infinity quantizes every add.
+        brief_from: ranges of so many bits are searched less finely for ``"output"``
+            (8; `python -m benchmarks.search_effort` says what more would win).
 
     Consumers of one value at one width share one encoding.
     """
@@ -67,6 +70,7 @@ class ChooseRanges(Pass):
     method: str = "output"
     rows: int = 128
     add_sqnr: float = 35.0
+    brief_from: int = BRIEF_FROM
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -127,8 +131,9 @@ class ChooseRanges(Pass):
             low, high = extrema.bounds()
             # a norm divides by the size of its row; what lives on unnormalised counts as it is
             power = 1.5 if all(is_normalised_after(site.edge.consumer) for site in sites) else 0.0
+            effort = effort_for(bits, self.brief_from)
             found = choose_range_for_output(
-                rows, weight, low=low, high=high, bits=bits, relative=power
+                rows, weight, low=low, high=high, bits=bits, relative=power, effort=effort
             )
             return (*found, "output-aware")
         method = "mse" if self.method == "output" else self.method

@@ -8,13 +8,12 @@ from typing import ClassVar
 
 from torch.fx import GraphModule
 
-from qgraph.calibration import weight_parameters
+from qgraph.calibration import weight_encoding
 from qgraph.calibration.weight_scales import CLIP_BELOW
 from qgraph.context import Context
-from qgraph.formats import AffineEncoding, IntGrid
+from qgraph.formats import AffineEncoding
 from qgraph.graph.build import attribute
 from qgraph.graph.ops import OpKind
-from qgraph.graph.plan import Site
 from qgraph.pipeline import Fact, Pass, Promise
 
 
@@ -22,13 +21,12 @@ from qgraph.pipeline import Fact, Pass, Promise
 class ChooseWeightScales(Pass):
     """Give every undecided weight a symmetric encoding per output channel, clip by MSE search.
 
-    At 8 bits the whole range is kept and the lowest code dropped, which makes ``Q(-w) = -Q(w)``;
-    below, every code counts. Tables of embeddings are never clipped: they are large, and each row
-    is read as it is.
+    At 8 bits the whole range is kept. Tables of embeddings are never clipped: they are large, and
+    each row is read as it is.
 
     Attributes:
         norm: exponent of the error (2.0; the published codes use 2.4).
-        clip_below: weights of fewer bits are searched (8; `python -m benchmarks.weight_clips` says
+        clip_below: weights of fewer bits are searched (8; `python -m benchmarks.search_effort` says
             what a search at 8 bits would win).
     """
 
@@ -46,21 +44,10 @@ class ChooseWeightScales(Pass):
                 clip = site.bits < self.clip_below and site.kind is not OpKind.EMBEDDING
                 key = (str(site.value.target), site.bits, site.axis)
                 if key not in found:  # tied weights share one encoding
-                    found[key] = self._encoding(module, site, clip=clip)
+                    weight = attribute(module, str(site.value.target))
+                    found[key] = weight_encoding(
+                        weight, site.bits, site.axis, norm=self.norm, clip=clip
+                    )
                 how = "clip by MSE search" if clip else "whole range"
                 site.decide(found[key], self.name, how)
         return False
-
-    def _encoding(self, module: GraphModule, site: Site, *, clip: bool) -> AffineEncoding:
-        weight = attribute(module, str(site.value.target))
-        grid = IntGrid(site.bits, signed=True, narrow=site.bits >= 8)
-        axis = None if site.axis is None else site.axis % weight.ndim
-        shaped = weight if axis is not None else weight.reshape(1, -1)
-        scale, zero_point = weight_parameters(
-            shaped, axis=axis or 0, bits=site.bits, narrow=grid.narrow, norm=self.norm, clip=clip
-        )
-        if axis is None:
-            scale, zero_point = scale.squeeze(0), zero_point.squeeze(0)
-        return AffineEncoding(
-            scale=scale, zero_point=zero_point, qmin=grid.qmin, qmax=grid.qmax, axis=axis
-        )

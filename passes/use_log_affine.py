@@ -6,15 +6,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qgraph.calibration import weight_parameters
+from qgraph.calibration import weight_encoding
 from qgraph.calibration.decibels import decibels
 from qgraph.calibration.log_affine_fit import log_affine_encoding
 from qgraph.context import Context
 from qgraph.errors import unknown_name
-from qgraph.formats import AffineEncoding, Encoding, IntGrid
+from qgraph.formats import Encoding
 from qgraph.formats.log_affine import DECODERS, Decoder
 from qgraph.graph.build import attribute
 from qgraph.graph.detection_heads import find_heads
@@ -101,7 +100,7 @@ class UseLogAffine(Pass):
         site = sites[0]
         weight = attribute(module, str(site.value.target)).detach()
         axis = None if site.axis is None else site.axis % weight.ndim
-        uniform = uniform_encoding(weight, site.bits, axis)
+        uniform: Encoding = weight_encoding(weight, site.bits, axis)
         small = axis is None or weight.numel() // weight.shape[axis] < FEW
         decoder: Decoder = "shift" if self.decoder == "shift" else "exact"
         if decoder == "shift" and site.bits > 4:
@@ -124,13 +123,3 @@ class UseLogAffine(Pass):
         context.record(self.name, name, "applied", reason, **numbers)
         for each in sites:
             each.decide(logarithmic, self.name, reason)
-
-
-def uniform_encoding(weight: Tensor, bits: int, axis: int | None) -> Encoding:
-    """The uniform format that competes: symmetric, clip by MSE search."""
-    grid = IntGrid(bits, signed=True, narrow=bits >= 8)
-    shaped = weight if axis is not None else weight.reshape(1, -1)
-    scale, zero = weight_parameters(shaped, axis=axis or 0, bits=bits, narrow=grid.narrow)
-    if axis is None:
-        scale, zero = scale.squeeze(0), zero.squeeze(0)
-    return AffineEncoding(scale=scale, zero_point=zero, qmin=grid.qmin, qmax=grid.qmax, axis=axis)

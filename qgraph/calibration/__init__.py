@@ -9,7 +9,8 @@ Statistics (`update(x)`, `merge(other)`, `state()`, `from_state(state)`; dim 0 i
 Ranges:
     choose_range(source, extrema, ...)     -> (low, high) from a histogram
     choose_range_for_output(rows, weight)  -> (low, high) by what the consuming layer's output sees
-    weight_scales, weight_parameters       per-channel clip search
+    weight_scales, weight_parameters,
+    weight_encoding                        per-channel clip search
     affine_parameters(low, high, qmin, qmax, symmetric=...) -> (scale fp32, zero_point int32)
 Sweep:
     collect(module, loader, requests, adapt=...)    one sweep fills all statistics
@@ -32,7 +33,7 @@ from qgraph.calibration.ranges import choose_range
 from qgraph.calibration.reservoir import JointReservoir, Reservoir
 from qgraph.calibration.statistics import Observation, Statistic
 from qgraph.calibration.sweep import collect
-from qgraph.calibration.weight_scales import weight_parameters, weight_scales
+from qgraph.calibration.weight_scales import weight_encoding, weight_parameters, weight_scales
 
 __all__ = [
     "Bins",
@@ -57,6 +58,7 @@ __all__ = [
     "collect",
     "first_batch",
     "make_statistic",
+    "weight_encoding",
     "weight_parameters",
     "weight_scales",
 ]

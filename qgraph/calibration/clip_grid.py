@@ -68,12 +68,14 @@ def search_clip(
     *,
     tied: bool = False,
     schedule: Schedule = DEFAULT,
+    coarse: Objective | None = None,
 ) -> tuple[float, float]:
     """Minimise ``objective(lows, highs) -> losses`` over clip ranges inside [low, high].
 
     `low` <= 0 <= `high`. All pairs of fractions of the two ends are tried at once, then again
     around the best pair. `tied`: one fraction for both ends (symmetric formats). Ties go to the
-    largest range; the full range is always a candidate.
+    largest range; the full range is always a candidate. `coarse`: a cheaper objective for the
+    first round, whose best is tried again by the next.
     """
     step = schedule.smallest ** (1.0 / (schedule.coarse - 1))
     powers = torch.arange(schedule.coarse, dtype=torch.float64)
@@ -87,7 +89,8 @@ def search_clip(
         lows = torch.cat([lows, torch.tensor([0.0, *([centre[0]] if turn else [])])])
         highs = torch.cat([highs, torch.tensor([0.0, *([centre[1]] if turn else [])])])
         ends = low * step**lows, high * step**highs
-        winner = pick(objective(*ends), ends[1] - ends[0])
+        losses = objective if turn or coarse is None else coarse
+        winner = pick(losses(*ends), ends[1] - ends[0])
         best = float(ends[0][winner]), float(ends[1][winner])
         centre = float(lows[winner]), float(highs[winner])
         reach, spacing = spacing * (1 - 1 / schedule.fine), 2 * spacing / schedule.fine

@@ -27,9 +27,9 @@ from qgraph.calibration.row_errors import (
     whole_sample,
 )
 from qgraph.calibration.unit_sweep import Probing, Ranges, UnitSweep
-from qgraph.calibration.weight_scales import CLIP_BELOW, weight_parameters
+from qgraph.calibration.weight_scales import CLIP_BELOW, weight_encoding
 from qgraph.errors import CalibrationError
-from qgraph.formats import AffineEncoding, IntGrid
+from qgraph.formats import AffineEncoding
 from qgraph.graph.bit_units import Unit
 from qgraph.graph.build import attribute
 from qgraph.graph.ops import product
@@ -181,18 +181,9 @@ class FisherSweep(UnitSweep):
 
 
 def quantized_weight(module: GraphModule, site: Site, bits: int) -> Tensor:
-    """A stored weight at some width, as `choose-weight-scales` would make it."""
+    """A stored weight at some width, as `choose-weight-scales` would make it by default."""
     weight = attribute(module, str(site.value.target)).detach()
-    grid = IntGrid(bits, signed=True, narrow=bits >= 8)
-    if site.axis is None:
-        shaped, axis = weight.reshape(1, -1), 0
-    else:
-        shaped, axis = weight, site.axis % weight.ndim
-    clip = bits < CLIP_BELOW
-    scale, _ = weight_parameters(shaped, axis=axis, bits=bits, narrow=grid.narrow, clip=clip)
-    if site.axis is None:
-        return AffineEncoding.symmetric(scale.squeeze(0), grid, None).fake(weight)
-    return AffineEncoding.symmetric(scale, grid, axis).fake(weight)
+    return weight_encoding(weight, bits, site.axis, clip=bits < CLIP_BELOW).fake(weight)
 
 
 def _target_weights(output: Tensor, mask: Tensor, background: float) -> Tensor:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small work put off until there is much of it.
 
-Between the large operations of a model, each small one runs with its code out of the processor's
-caches, at five to ten times its cost in a loop. So rows wait in a buffer, and many tensors' rows
-are worked on in turn.
+Between the large operations of a model, each small one finds its code out of the processor's
+caches. So rows wait in a buffer, and many tensors' rows are worked on in turn.
 """
 
 from __future__ import annotations

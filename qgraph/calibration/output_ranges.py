@@ -19,7 +19,7 @@ from qgraph.formats.affine import IntGrid
 
 CELLS = 1 << 19  # elements of quantized rows held at once
 SEARCH = Schedule(coarse=6, fine=3, rounds=3, smallest=2.0**-2.5)
-FLAT = 8  # bits; from there on the loss is flat near its best
+BRIEF_FROM = 8  # bits; what more would win there: benchmarks/search_effort.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,22 +30,22 @@ class Effort:
         schedule: of the search over both ends.
         projections: outputs are projected to so many random directions, unless the layer has no
             more inputs than that: a root of its Gram matrix says the same; None: exact.
-        halved: rounds of more candidates see every second row: they only point to the next.
+        skip: the first round, which only points to the next, sees every so-manieth row.
     """
 
     schedule: Schedule = SEARCH
     projections: int | None = 64
-    halved: int | None = None
+    skip: int = 1
 
 
 THOROUGH = Effort()
-BRIEF = Effort(projections=16, halved=16)
+BRIEF = Effort(projections=16, skip=2)
 ROUGH = Effort(Schedule(coarse=4, fine=3, rounds=1, smallest=2.0**-2.25))  # to judge by only
 
 
-def effort_for(bits: int) -> Effort:
+def effort_for(bits: int, brief_from: int = BRIEF_FROM) -> Effort:
     """What a range of so many bits is worth."""
-    return BRIEF if bits >= FLAT else THOROUGH
+    return BRIEF if bits >= brief_from else THOROUGH
 
 
 def sketch(weight: Tensor, projections: int, seed: int = 0) -> Tensor:
@@ -156,13 +156,14 @@ def choose_range_for_output(  # noqa: PLR0913 - all options are keyword-only
     codes = CodeRange(grid.qmin, grid.qmax, symmetric)
     importance = row_importance(rows, factor, relative) if relative else None
 
-    def objective(lows: Tensor, highs: Tensor) -> Tensor:
-        halve = effort.halved is not None and lows.numel() > effort.halved
-        part = slice(None, None, 2 if halve else 1)
-        counted = None if importance is None else importance[part]
-        return output_error(rows[part], factor, codes, (lows, highs), counted)
+    def objective(lows: Tensor, highs: Tensor, step: int = 1) -> Tensor:
+        counted = None if importance is None else importance[::step]
+        return output_error(rows[::step], factor, codes, (lows, highs), counted)
 
-    return search_clip(objective, low, high, tied=symmetric, schedule=effort.schedule)
+    coarse = functools.partial(objective, step=effort.skip)
+    return search_clip(
+        objective, low, high, tied=symmetric, schedule=effort.schedule, coarse=coarse
+    )
 
 
 def _fewer(factor: Tensor, projections: int | None) -> Tensor:

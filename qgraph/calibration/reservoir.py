@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -21,7 +21,9 @@ from qgraph.calibration.sampling import spread_indices
 from qgraph.calibration.statistics import Observation, Statistic
 from qgraph.errors import CalibrationError, ConfigError
 
-Ints = Any  # int64 numbers, a numpy array on the host, else a tensor: both wrap alike
+# int64 numbers: an array on the host, where a few numbers cost less than as a tensor. Both wrap
+# alike, and share the operators used here; their common type would have to say so one by one.
+Ints: TypeAlias = Any
 EMPTY = (1 << 63) - 1  # priority of an unused slot
 ODD = 0x1E3779B97F4A7C15  # odd multipliers of the splitmix generator, fitted to int64
 ODD_TOO = 0x3F58476D1CE4E5B9
@@ -36,10 +38,7 @@ def _mix(x: Ints) -> Ints:
 
 
 def _fingerprint(rows: Tensor) -> Ints:
-    """int64 [B, n] from the bits of fp32 rows [B, n, ...]; integer, so exact in any order.
-
-    Host values go on as numpy arrays: their operations on a few numbers cost a fifth of torch's.
-    """
+    """int64 [B, n] from the bits of fp32 rows [B, n, ...]; integer, so exact in any order."""
     bits = rows.flatten(2).contiguous().view(torch.int32)
     few = bits[..., :: max(2, bits.shape[-1] // HASHED)]
     found = bits.sum(-1, dtype=torch.int64) + few.sum(-1, dtype=torch.int64) * ODD
@@ -172,11 +171,11 @@ class Reservoir(_BottomK):
         super().__init__()
 
     def observe(self, seen: Observation) -> None:  # noqa: D102
-        values, keep = seen.vectors(self.axis, self.per_sample)
         if seen.later is None:
-            self._offer_one(values, keep)
+            self._offer_one(*seen.vectors(self.axis, self.per_sample))
         else:
-            seen.later.put_off(self._offer_one, values, keep)
+            room = seen.later.room
+            seen.later.put_off(self._offer_one, *seen.vectors(self.axis, self.per_sample, room))
 
     def _offer_one(self, values: Tensor, keep: Tensor | None) -> None:
         self._offer([values], keep)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 RUN = 16  # fp32 values of one line of a processor's cache
+CACHED = 64  # shapes whose positions are remembered; those of one take up to 512 KiB an axis
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
@@ -30,7 +31,7 @@ def stride_for(length: int, rate: int, floor: int, cap: int) -> int:
     systematically skipped. Memory comes in lines, so a stride over single elements reads them all.
     """
     wanted = min(max(length // rate, floor, 1), cap)
-    if wanted >= length:
+    if wanted >= length or length <= RUN:
         return 1
     stride = max(RUN, -(-length // max(1, wanted // RUN)))
     while not _is_prime(stride) or length % stride == 0:
@@ -38,13 +39,24 @@ def stride_for(length: int, rate: int, floor: int, cap: int) -> int:
     return stride
 
 
-@functools.lru_cache(maxsize=256)
+def run_count(length: int, stride: int) -> int:
+    """How many whole runs a `stride` > 1 takes of `length` > RUN elements."""
+    return (length - RUN) // stride + 1
+
+
+@functools.lru_cache(maxsize=CACHED)
 def run_positions(length: int, stride: int, device: torch.device) -> Tensor:
     """int64: the positions in ``range(length)`` that `stride_for` takes, ascending."""
     if stride == 1:
         return torch.arange(length, device=device)
-    starts = torch.arange(0, max(1, length - RUN + 1), stride, device=device)
-    return (starts[:, None] + torch.arange(min(RUN, length), device=device)).flatten()
+    starts = torch.arange(run_count(length, stride), device=device) * stride
+    return (starts[:, None] + torch.arange(RUN, device=device)).flatten()
+
+
+@functools.lru_cache(maxsize=CACHED)
+def run_rows(length: int, stride: int, width: int, device: torch.device) -> Tensor:
+    """int64: the rows, of `width` elements, in which the `run_positions` lie."""
+    return run_positions(length, stride, device) // width
 
 
 @functools.lru_cache(maxsize=4096)
@@ -62,7 +74,7 @@ def spread_positions(length: int, count: int) -> Tensor:
     return (torch.arange(count) * step % length).sort().values
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=CACHED)
 def unravelled(shape: tuple[int, ...], stride: int, device: torch.device) -> tuple[Tensor, ...]:
     """Indices, one tensor per axis of `shape`, of the `run_positions` over it."""
     return torch.unravel_index(run_positions(math.prod(shape), stride, device), shape)

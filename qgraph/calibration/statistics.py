@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple, Self
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor
 from qgraph.calibration.later import Later
 from qgraph.calibration.sampling import (
     RUN,
-    run_positions,
+    run_count,
+    run_rows,
     spread_indices,
     stride_for,
     unravelled,
@@ -55,6 +57,7 @@ def channel_axis(axis: int, ndim: int) -> int:
 
 
 Axes = int | tuple[int, ...]
+Room = Callable[[tuple[int, ...]], Tensor]  # an uninitialised fp32 tensor of a shape, on the host
 
 
 def channel_axes(axes: Axes, ndim: int) -> tuple[int, ...]:
@@ -167,43 +170,44 @@ class Observation:
         if stride == 1:
             values = x.reshape(count, length)
         elif x.is_contiguous():
-            runs = (length - RUN) // stride + 1
-            values = x.as_strided((count, runs, RUN), (length, stride, 1))
+            runs = (count, run_count(length, stride), RUN)
+            values = x.as_strided(runs, (length, stride, 1))
         else:
             values = self.at(x, unravelled(tuple(x.shape[1:]), stride, x.device))
         if self.mask is None:
             return Sample(values, None)
-        tokens = run_positions(length, stride, x.device) // x.shape[-1]
+        tokens = run_rows(length, stride, x.shape[-1], x.device)
         return Sample(values, self.mask.flatten(1)[:, tokens].view(values.shape))
 
-    def vectors(self, axis: Axes, count: int) -> Sample:
+    def vectors(self, axis: Axes, count: int, room: Room | None = None) -> Sample:
         """Vectors [B, n, C] along `axis`, at n <= `count` fixed positions of each sample.
 
-        Valid until the next call, or `later` runs: they may lie in a buffer that tensors share.
+        They lie in memory that `room` gives for their shape; without it they are valid until the
+        next call only, since tensors share a buffer, and may be a view of the value.
         """
         axes = channel_axes(axis, self.x.ndim)
         y = self.x.movedim(axes, tuple(range(-len(axes), 0)))
         inner = tuple(y.shape[1 : -len(axes)])
         if not inner:
             keep = None if self.mask is None else self.mask.unsqueeze(1)
-            rows = y.flatten(1).unsqueeze(1)
-            if self.later is not None:  # what waits must not be a view of a value that goes on
-                rows = self.later.room(tuple(rows.shape)).copy_(rows)
-            return Sample(rows, keep)
+            return Sample(_placed(y.flatten(1).unsqueeze(1), room), keep)
         flat, index = spread_indices(inner, count, y.device)
         use_mask = self.mask is not None and axes == (self.x.ndim - 1,)
         keep = self.mask.flatten(1)[:, flat] if use_mask and self.mask is not None else None
         if len(index) > 1 or not self.on_host:
-            return Sample(self.at(y, index).flatten(2), keep)
-        shape = (y.shape[0], len(flat), *y.shape[2:])
-        room = scratch(shape, y.dtype) if self.later is None else self.later.room(shape)
-        return Sample(torch.index_select(y, 1, index[0], out=room).flatten(2), keep)
+            return Sample(_placed(self.at(y, index).flatten(2), room), keep)
+        out = (room or scratch)((y.shape[0], len(flat), *y.shape[2:]))
+        return Sample(torch.index_select(y, 1, index[0], out=out).flatten(2), keep)
+
+
+def _placed(rows: Tensor, room: Room | None) -> Tensor:
+    return rows if room is None else room(tuple(rows.shape)).copy_(rows)
 
 
 _ROOM = threading.local()
 
 
-def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def scratch(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     """An uninitialised CPU tensor, valid until the next call of this thread for that dtype.
 
     Fresh memory costs more than what is done in it here: the system clears every page.

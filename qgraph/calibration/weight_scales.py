@@ -10,11 +10,11 @@ from qgraph.calibration.affine import affine_parameters
 from qgraph.calibration.clip_grid import TIE
 from qgraph.calibration.output_ranges import clamped_
 from qgraph.errors import ConfigError
-from qgraph.formats.affine import IntGrid
+from qgraph.formats.affine import AffineEncoding, IntGrid
 
 CELLS = 1 << 18  # elements x candidates held at once; stays in a core's cache
 FINE = 4
-CLIP_BELOW = 8  # bits; from there on a clip wins nothing: benchmarks/weight_clips.py
+CLIP_BELOW = 8  # bits; from there on a clip wins nothing: benchmarks/search_effort.py
 
 
 def _losses(
@@ -128,6 +128,27 @@ def _importance(second_moment: Tensor, rows: Tensor) -> Tensor:
         msg = f"second moment of {moment.numel()} values does not fit channels of {length} weights"
         raise ConfigError(msg)
     return moment.repeat_interleave(length // moment.numel())
+
+
+def weight_encoding(
+    weight: Tensor, bits: int, axis: int | None, *, norm: float = 2.0, clip: bool = True
+) -> AffineEncoding:
+    """The uniform format of a stored weight: symmetric, per channel of `axis` or (None) one scale.
+
+    At 8 bits the lowest code is dropped, which makes Q(-w) = -Q(w); below, every code counts.
+    `norm` and `clip` as in `weight_parameters`.
+    """
+    grid = IntGrid(bits, signed=True, narrow=bits >= 8)
+    front = None if axis is None else axis % weight.ndim
+    shaped = weight.reshape(1, -1) if front is None else weight
+    scale, zero_point = weight_parameters(
+        shaped, axis=front or 0, bits=bits, narrow=grid.narrow, norm=norm, clip=clip
+    )
+    if front is None:
+        scale, zero_point = scale.squeeze(0), zero_point.squeeze(0)
+    return AffineEncoding(
+        scale=scale, zero_point=zero_point, qmin=grid.qmin, qmax=grid.qmax, axis=front
+    )
 
 
 def weight_scales(

@@ -38,7 +38,8 @@ def _settled(values: Tensor) -> Tensor:
     """The same memory, with strides of axes of size 1 that follow from the others.
 
     Such a stride means nothing, yet convolutions choose their kernel by it, so that values would
-    round differently for where their quantizer stands among moves.
+    round differently for where their quantizer stands among moves. The fake kernels do without:
+    whoever reads their strides passes over axes of size 1.
     """
     if 1 not in values.shape:
         return values

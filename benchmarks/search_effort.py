@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks.weight_clips`: what searching the clip of 8-bit weights wins.
+"""`python -m benchmarks.search_effort`: what finer searches at 8 bits would win.
 
-Weights alone matter: activations have 16 bits. SQNR of the output over held-out batches in dB, with
-the whole range of every channel and with a clip of least squared error.
+SQNR of the output over held-out batches in dB. Weights: the whole range of every channel against a
+clip of least squared error, activations at 16 bits. Ranges of activations: the brief search against
+the thorough one, weights at 16 bits.
 """
 
 from __future__ import annotations
@@ -13,17 +14,23 @@ import torch
 
 import qgraph
 from benchmarks.__main__ import MODELS, fidelity
-from qgraph.passes import ChooseWeightScales
+from qgraph.passes import ChooseRanges, ChooseWeightScales
+from qgraph.pipeline import Pass
 from qgraph.report.text import table
 
-VARIANTS = {"whole range": 8, "searched": 9}  # a clip is searched below so many bits
+NEVER = 17  # more bits than any format has here
+VARIANTS: dict[str, tuple[str, Pass]] = {
+    "w8a16, whole range": ("w8a16", ChooseWeightScales()),
+    "searched": ("w8a16", ChooseWeightScales(clip_below=NEVER)),
+    "w16a8, brief": ("w16a8", ChooseRanges()),
+    "thorough": ("w16a8", ChooseRanges(brief_from=NEVER)),
+}
 
 
-def sqnr(model: str, clip_below: int) -> float:
+def sqnr(model: str, name: str, chosen: Pass) -> float:
     """One compilation."""
     case = MODELS[model](8)
-    chosen = ChooseWeightScales(clip_below=clip_below)
-    pipeline = qgraph.pipeline("w8a16").replace(chosen.name, chosen)
+    pipeline = qgraph.pipeline(name).replace(chosen.name, chosen)
     made = qgraph.compile(case.model, case.calibration, pipeline, verify=False, progress=False)
     run = made.lower("reference")
     return fidelity(case, lambda batch: case.output(run(**batch)))["sqnr"]
@@ -39,7 +46,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with torch.no_grad():
         rows = [
-            (model, *(f"{sqnr(model, below):.2f}" for below in VARIANTS.values()))
+            (model, *(f"{sqnr(model, *variant):.2f}" for variant in VARIANTS.values()))
             for model in options.models
         ]
     print(table(("model", *VARIANTS), rows))
