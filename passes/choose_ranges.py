@@ -56,8 +56,8 @@ class ChooseRanges(Pass):
         add_sqnr: a residual add whose operand would keep less than so many dB stays in float and
             is reported (residual streams of transformers live off a few huge channels); minus
             infinity quantizes every add.
-        brief_from: ranges of so many bits are searched less finely for ``"output"``
-            (8; `python -m benchmarks.search_effort` says what more would win).
+        brief_from: ranges of so many bits are searched less finely (8;
+            `python -m benchmarks.search_effort` says what more would win).
 
     Consumers of one value at one width share one encoding.
     """
@@ -125,13 +125,13 @@ class ChooseRanges(Pass):
         value, bits = key
         seen = context.statistics[value]
         extrema = seen.range()
+        effort = effort_for(bits, self.brief_from)
         weight = output_weight(module, sites) if self.method == "output" else None
         if weight is not None:
             rows = seen.get(Reservoir, rows=self.rows).sampled()
             low, high = extrema.bounds()
             # a norm divides by the size of its row; what lives on unnormalised counts as it is
             power = 1.5 if all(is_normalised_after(site.edge.consumer) for site in sites) else 0.0
-            effort = effort_for(bits, self.brief_from)
             found = choose_range_for_output(
                 rows, weight, low=low, high=high, bits=bits, relative=power, effort=effort
             )
@@ -140,7 +140,10 @@ class ChooseRanges(Pass):
         if method == "mse" and key in known:
             return (*known[key], method)
         source = seen.get(Histogram) if method != "minmax" else seen.find(Histogram)
-        found = choose_range(source, extrema, bits=bits, method=method)  # type: ignore[arg-type]
+        found = choose_range(
+            source, extrema, bits=bits, method=method,  # type: ignore[arg-type]
+            schedule=effort.histogram,
+        )  # fmt: skip
         return (*found, method)
 
     def _spare_adds(self, context: Context) -> Clips:
@@ -151,7 +154,7 @@ class ChooseRanges(Pass):
                 adds.setdefault(site.edge.consumer, []).append(site)
         keys = list(dict.fromkeys((s.value, s.bits) for sites in adds.values() for s in sites))
         keys = [key for key in keys if context.statistics[key[0]].find(Histogram) is not None]
-        found = Ranks.here().spread(len(keys), lambda number: _clip(context, keys[number]), WHAT)
+        found = Ranks.here().spread(len(keys), lambda at: self._clip(context, keys[at]), WHAT)
         kept_by = {key: float(sqnr) for key, (_, _, sqnr) in zip(keys, found, strict=True)}
         for consumer, sites in adds.items():
             kept = min(kept_by.get((site.value, site.bits), math.inf) for site in sites)
@@ -162,14 +165,14 @@ class ChooseRanges(Pass):
                 context.record(self.name, consumer, "kept", reason, sqnr=kept)
         return {key: (low, high) for key, (low, high, _) in zip(keys, found, strict=True)}
 
-
-def _clip(context: Context, key: Key) -> tuple[float, float, float]:
-    """The best clip of a value at a width, and the dB that the value keeps."""
-    value, bits = key
-    seen = context.statistics[value]
-    bins = seen.get(Histogram).bins()
-    ends = choose_range(bins, seen.range(), bits=bits)
-    return (*ends, range_sqnr(bins, ends, bits=bits))
+    def _clip(self, context: Context, key: Key) -> tuple[float, float, float]:
+        """The best clip of a value at a width, and the dB that the value keeps."""
+        value, bits = key
+        seen = context.statistics[value]
+        bins = seen.get(Histogram).bins()
+        schedule = effort_for(bits, self.brief_from).histogram
+        ends = choose_range(bins, seen.range(), bits=bits, schedule=schedule)
+        return (*ends, range_sqnr(bins, ends, bits=bits))
 
 
 def output_weight(module: GraphModule, sites: list[Site]) -> Tensor | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,6 +33,7 @@ class CodeRange:
 
 
 Objective = Callable[[Tensor, Tensor], Tensor]
+Exponents = tuple[float, float]
 
 
 def pick(loss: Tensor, extent: Tensor) -> int:
@@ -81,29 +83,36 @@ def search_clip(
     powers = torch.arange(schedule.coarse, dtype=torch.float64)
     centre = (0.0, 0.0)  # exponents of `step` for the two ends
     reach, spacing = float(schedule.coarse - 1), 1.0
-    best = (low, high)
+    tried: dict[Exponents, float] = {}
     for turn in range(schedule.rounds + 1):
         if turn:
             powers = torch.linspace(-reach, reach, schedule.fine, dtype=torch.float64)
-        lows, highs = _pairs(low, high, centre, powers, tied)
-        lows = torch.cat([lows, torch.tensor([0.0, *([centre[0]] if turn else [])])])
-        highs = torch.cat([highs, torch.tensor([0.0, *([centre[1]] if turn else [])])])
-        ends = low * step**lows, high * step**highs
         losses = objective if turn or coarse is None else coarse
-        winner = pick(losses(*ends), ends[1] - ends[0])
-        best = float(ends[0][winner]), float(ends[1][winner])
-        centre = float(lows[winner]), float(highs[winner])
+        wanted = [(0.0, 0.0), centre, *_pairs(low, high, centre, powers.tolist(), tied)]
+        if fresh := [pair for pair in dict.fromkeys(wanted) if pair not in tried]:
+            tried.update(zip(fresh, losses(*_ends(low, high, step, fresh)).tolist(), strict=True))
+        lows, highs = _ends(low, high, step, list(tried))
+        winner = pick(torch.tensor(list(tried.values()), dtype=torch.float64), highs - lows)
+        centre = list(tried)[winner]
+        best = float(lows[winner]), float(highs[winner])
+        if losses is not objective:
+            tried.clear()
         reach, spacing = spacing * (1 - 1 / schedule.fine), 2 * spacing / schedule.fine
     return best
 
 
+def _ends(low: float, high: float, step: float, pairs: list[Exponents]) -> tuple[Tensor, Tensor]:
+    """Both ends, [K] fp64 each, of the candidates with these exponents."""
+    lows, highs = torch.tensor(pairs, dtype=torch.float64).unbind(1)
+    return low * step**lows, high * step**highs
+
+
 def _pairs(
-    low: float, high: float, centre: tuple[float, float], powers: Tensor, tied: bool
-) -> tuple[Tensor, Tensor]:
-    """Exponents of the candidates of a round, [K] each; none above the full range."""
-    first = (centre[0] + powers).clamp(min=0.0)
-    second = (centre[1] + powers).clamp(min=0.0)
+    low: float, high: float, centre: Exponents, powers: list[float], tied: bool
+) -> list[Exponents]:
+    """Exponents of the candidates of a round; none above the full range."""
+    first, second = ([max(0.0, end + power) for power in powers] for end in centre)
     if tied or low == 0.0 or high == 0.0:
-        return (second, second) if high > 0.0 else (first, first)
-    lows, highs = torch.meshgrid(first, second, indexing="ij")
-    return lows.reshape(-1), highs.reshape(-1)
+        ends = second if high > 0.0 else first
+        return list(zip(ends, ends, strict=True))
+    return list(itertools.product(first, second))

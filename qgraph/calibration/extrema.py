@@ -8,7 +8,7 @@ from typing import ClassVar, Self, TypeVar
 import torch
 from torch import Tensor
 
-from qgraph.calibration.statistics import Axes, Extrema, Observation, Statistic
+from qgraph.calibration.statistics import Axes, Observation, Statistic
 
 
 class _Extremes(Statistic):
@@ -23,24 +23,22 @@ class _Extremes(Statistic):
     def __init__(self) -> None:
         self.low = self.high = self.count = self.nonfinite = None
 
-    def _add(self, new: Extrema) -> None:
+    def _add(self, low: Tensor, high: Tensor, seen: int | Tensor, nonfinite: int | Tensor) -> None:
         if self.low is None or self.high is None:
-            zero = torch.zeros((), dtype=torch.int64, device=new.low.device)
-            self.low, self.high = new.low, new.high
-            self.count, self.nonfinite = zero + new.seen, zero + new.nonfinite
+            zero = torch.zeros((), dtype=torch.int64, device=low.device)
+            self.low, self.high = low, high
+            self.count, self.nonfinite = zero + seen, zero + nonfinite
             return
-        self.low = torch.minimum(self.low, new.low)
-        self.high = torch.maximum(self.high, new.high)
+        self.low = torch.minimum(self.low, low)
+        self.high = torch.maximum(self.high, high)
         if self.count is not None:
-            self.count = self.count + new.seen
-        if self.nonfinite is not None and not (
-            isinstance(new.nonfinite, int) and not new.nonfinite
-        ):
-            self.nonfinite = self.nonfinite + new.nonfinite
+            self.count = self.count + seen
+        if self.nonfinite is not None and not (isinstance(nonfinite, int) and not nonfinite):
+            self.nonfinite = self.nonfinite + nonfinite
 
     def _combine(self, other: Self) -> None:
         fields = other.fields()
-        self._add(Extrema(fields["low"], fields["high"], fields["count"], fields["nonfinite"]))
+        self._add(*(fields[name] for name in self.FIELDS))
 
 
 R = TypeVar("R", bound=_Extremes)
@@ -56,7 +54,7 @@ class Range(_Extremes):
     """
 
     def observe(self, seen: Observation) -> None:  # noqa: D102
-        self._add(seen.extrema())
+        seen.put_off(self._add, *seen.extrema())
 
     def mirrored(self) -> Range:
         """The range of ``-x``."""
@@ -88,7 +86,7 @@ class ChannelRange(_Extremes):
         self.axis = axis
 
     def observe(self, seen: Observation) -> None:  # noqa: D102
-        self._add(seen.channel_extrema(self.axis))
+        seen.put_off(self._add, *seen.channel_extrema(self.axis))
 
     def mirrored(self, channels: Tensor | None = None) -> ChannelRange:
         """The ranges when `channels` (bool [C]; None: all) change sign."""

@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from qgraph.calibration.statistics import Observation, Statistic, count_indices, scratch
+from qgraph.calibration.statistics import Observation, Statistic, count_indices
 from qgraph.errors import ConfigError
 
 LOW_EXPONENT, HIGH_EXPONENT = -24, 24  # bins cover 2^-24 <= |x| < 2^24
@@ -78,12 +78,15 @@ class Histogram(Statistic):
 
     def observe(self, seen: Observation) -> None:  # noqa: D102
         values, keep = seen.sample(self.rate, cap=self.cap if self.rate > 1 else 1 << 62)
-        size = 2 * EXPONENTS * self.bins_per_octave
         shift = 24 - self.bins_per_octave.bit_length()
-        # the sign bit lands on top, so masking turns negative numbers into the second half
         raw = values.view(torch.int32)
-        room = scratch(tuple(raw.shape), raw.dtype) if seen.on_host else torch.empty_like(raw)
-        index = torch.bitwise_right_shift(raw, shift, out=room).bitwise_and_(size - 1)
+        room = seen.room(tuple(raw.shape)).view(torch.int32)
+        seen.put_off(self._count, torch.bitwise_right_shift(raw, shift, out=room), keep)
+
+    def _count(self, index: Tensor, keep: Tensor | None) -> None:
+        size = 2 * EXPONENTS * self.bins_per_octave
+        # the sign bit lands on top, so masking turns negative numbers into the second half
+        index.bitwise_and_(size - 1)
         if keep is not None:
             index = torch.where(keep, index, size)
         table = count_indices(index, size + (keep is not None))[:size]

@@ -2,13 +2,14 @@
 """Small work put off until there is much of it.
 
 Between the large operations of a model, each small one finds its code out of the processor's
-caches. So rows wait in a buffer, and many tensors' rows are worked on in turn.
+caches. So values wait in a buffer, and those of many tensors are worked on in turn.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +18,12 @@ ROOM = 1 << 21  # fp32 values that may wait
 
 
 class Later:
-    """A buffer of rows that wait, and what to do with them."""
+    """A buffer of values that wait, and what to do with them."""
 
     def __init__(self) -> None:
         self._room: Tensor | None = None
         self._used = 0
-        self._waiting: list[tuple[Callable[..., None], Tensor, Tensor | None]] = []
+        self._waiting: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
 
     def room(self, shape: tuple[int, ...]) -> Tensor:
         """Uninitialised fp32 on the host that stays valid until `run`."""
@@ -36,12 +37,18 @@ class Later:
         start, self._used = self._used, self._used + size
         return self._room[start : self._used].view(shape)
 
-    def put_off(self, work: Callable[..., None], rows: Tensor, keep: Tensor | None) -> None:
-        """Call ``work(rows, keep)`` at the next `run`; `rows` lie in a `room`."""
-        self._waiting.append((work, rows, keep))
+    def put_off(self, work: Callable[..., None], values: Tensor, *rest: Any) -> None:
+        """Call ``work(values, *rest)`` at the next `run`, or now if they are too many to wait.
+
+        `values` lie in a `room`, or nobody else writes to them.
+        """
+        if values.numel() > ROOM:
+            work(values, *rest)
+        else:
+            self._waiting.append((work, (values, *rest)))
 
     def run(self) -> None:
         """Do all that waits."""
         waiting, self._waiting, self._used = self._waiting, [], 0
-        for work, rows, keep in waiting:
-            work(rows, keep)
+        for work, arguments in waiting:
+            work(*arguments)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qgraph.calibration.clip_grid import CodeRange, Schedule, search_clip
+from qgraph.calibration.clip_grid import DEFAULT, CodeRange, Schedule, search_clip
 from qgraph.errors import CalibrationError, ConfigError
 from qgraph.formats.affine import IntGrid
 
@@ -24,22 +24,24 @@ BRIEF_FROM = 8  # bits; what more would win there: benchmarks/search_effort.py
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How finely a range is searched by what outputs see.
+    """How finely a range is searched.
 
     Attributes:
-        schedule: of the search over both ends.
+        schedule: of the search over both ends by what outputs see.
+        histogram: of the search over a histogram.
         projections: outputs are projected to so many random directions, unless the layer has no
             more inputs than that: a root of its Gram matrix says the same; None: exact.
         skip: the first round, which only points to the next, sees every so-manieth row.
     """
 
     schedule: Schedule = SEARCH
+    histogram: Schedule = DEFAULT
     projections: int | None = 64
     skip: int = 1
 
 
 THOROUGH = Effort()
-BRIEF = Effort(projections=16, skip=2)
+BRIEF = Effort(histogram=Schedule(coarse=7, rounds=3), projections=16, skip=2)
 ROUGH = Effort(Schedule(coarse=4, fine=3, rounds=1, smallest=2.0**-2.25))  # to judge by only
 
 
@@ -160,7 +162,7 @@ def choose_range_for_output(  # noqa: PLR0913 - all options are keyword-only
         counted = None if importance is None else importance[::step]
         return output_error(rows[::step], factor, codes, (lows, highs), counted)
 
-    coarse = functools.partial(objective, step=effort.skip)
+    coarse = functools.partial(objective, step=effort.skip) if effort.skip > 1 else None
     return search_clip(
         objective, low, high, tied=symmetric, schedule=effort.schedule, coarse=coarse
     )

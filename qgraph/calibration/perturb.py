@@ -28,13 +28,6 @@ from qgraph.graph.plan import Role
 METHODS = ("output", "loss")
 
 
-class _Keeper(Interpreter):
-    """Runs the float graph and keeps every value."""
-
-    def __init__(self, module: GraphModule) -> None:
-        super().__init__(module, garbage_collect_values=False)
-
-
 class PerturbSweep(UnitSweep):
     """Accumulates distances of all units over batches; see `UnitSweep`."""
 
@@ -73,7 +66,7 @@ class PerturbSweep(UnitSweep):
 
     def values(self, batch: Any, adapt: Callable[[Any], Arguments]) -> dict[Node, Any]:
         """Every value of the float graph for one batch."""
-        keeper = _Keeper(self.module)
+        keeper = Interpreter(self.module, garbage_collect_values=False)
         keeper.run(*Signature.of(self.module).flat(*adapt(batch)), enable_io_processing=False)
         return keeper.env
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qgraph.calibration.channel_histogram import ChannelHistogram
-from qgraph.calibration.clip_grid import CodeRange, search_clip
+from qgraph.calibration.clip_grid import DEFAULT, CodeRange, Schedule, search_clip
 from qgraph.calibration.extrema import Range
 from qgraph.calibration.histogram import Bins, Histogram
 from qgraph.errors import CalibrationError, ConfigError, unknown_name
@@ -45,17 +45,16 @@ def error_integral(x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor) -> Ten
 def expected_error(bins: Bins, codes: CodeRange, low: Tensor, high: Tensor) -> Tensor:
     """Sum of squared errors, fp64 [K], of K candidate ranges over a density."""
     scale, bottom, top = (v[:, None] for v in codes.grid(low, high))
-    weight = bins.mass / (bins.right - bins.left)
-    ends = torch.cat([bins.left, bins.right])
-    left, right = torch.arange(len(ends)).chunk(2)
+    density = bins.mass / (bins.right - bins.left)
+    ends, weight = torch.cat([bins.left, bins.right]), torch.cat([-density, density])
     if len(ends) > MANY:  # bins touch, so most right ends are left ends too: integrate each once
         ends, place = ends.unique(return_inverse=True)
-        left, right = place.chunk(2)
-    losses = []
-    size = max(1, CELLS // max(1, weight.numel()))
-    for part in range(0, scale.shape[0], size):
-        found = error_integral(ends, *(v[part : part + size] for v in (scale, bottom, top)))
-        losses.append((found[:, right] - found[:, left]) @ weight)
+        weight = torch.zeros_like(ends).scatter_add_(0, place, weight)
+    size = max(1, CELLS // max(1, ends.numel()))
+    losses = [
+        error_integral(ends, *(v[part : part + size] for v in (scale, bottom, top))) @ weight
+        for part in range(0, scale.shape[0], size)
+    ]
     return torch.cat(losses)
 
 
@@ -145,6 +144,7 @@ def choose_range(
     method: str = "mse",
     narrow: bool = False,
     percentile: float = 99.99,
+    schedule: Schedule = DEFAULT,
 ) -> tuple[float, float]:
     """Choose the clip range ``(low, high)`` of an affine quantizer; pass it to
     `affine_parameters` with the codes of ``IntGrid(bits, signed, narrow)``.
@@ -156,6 +156,7 @@ def choose_range(
         method: ``minmax``, ``percentile``, ``mse`` (smallest expected squared error) or
             ``entropy`` (smallest KL divergence).
         percentile: mass kept by ``percentile``, in percent.
+        schedule: how finely ``mse`` and ``entropy`` search.
 
     0 always lies inside. Of equally good ranges the largest is taken. All-zero values give (0, 0).
 
@@ -183,7 +184,7 @@ def choose_range(
     grid = IntGrid(bits, signed, narrow)
     codes = CodeRange(grid.qmin, grid.qmax, symmetric)
     objective = functools.partial(METHODS[method], bins, codes)
-    return search_clip(objective, low, high, tied=symmetric)
+    return search_clip(objective, low, high, tied=symmetric, schedule=schedule)
 
 
 def _share(bins: Bins, extrema: Range | tuple[float, float]) -> float:

@@ -171,11 +171,8 @@ class Reservoir(_BottomK):
         super().__init__()
 
     def observe(self, seen: Observation) -> None:  # noqa: D102
-        if seen.later is None:
-            self._offer_one(*seen.vectors(self.axis, self.per_sample))
-        else:
-            room = seen.later.room
-            seen.later.put_off(self._offer_one, *seen.vectors(self.axis, self.per_sample, room))
+        room = None if seen.later is None else seen.room
+        seen.put_off(self._offer_one, *seen.vectors(self.axis, self.per_sample, room))
 
     def _offer_one(self, values: Tensor, keep: Tensor | None) -> None:
         self._offer([values], keep)

@@ -12,7 +12,7 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -96,6 +96,19 @@ class Observation:
     def on_host(self) -> bool:
         """Whether reading a scalar back costs nothing."""
         return self.x.device.type == "cpu"
+
+    def room(self, shape: tuple[int, ...]) -> Tensor:
+        """Uninitialised fp32 beside the value, for what is then `put_off`."""
+        if not self.on_host:
+            return torch.empty(shape, device=self.x.device)
+        return scratch(shape) if self.later is None else self.later.room(shape)
+
+    def put_off(self, work: Callable[..., None], values: Tensor, *rest: Any) -> None:
+        """Call ``work(values, *rest)``, later if that is possible; see `Later.put_off`."""
+        if self.later is None:
+            work(values, *rest)
+        else:
+            self.later.put_off(work, values, *rest)
 
     @staticmethod
     def at(x: Tensor, index: tuple[Tensor, ...]) -> Tensor:
@@ -207,16 +220,16 @@ def _placed(rows: Tensor, room: Room | None) -> Tensor:
 _ROOM = threading.local()
 
 
-def scratch(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """An uninitialised CPU tensor, valid until the next call of this thread for that dtype.
+def scratch(shape: tuple[int, ...]) -> Tensor:
+    """An uninitialised fp32 tensor on the host, valid until the next call of this thread.
 
     Fresh memory costs more than what is done in it here: the system clears every page.
     """
     size = math.prod(shape)
-    held: dict[torch.dtype, Tensor] = vars(_ROOM).setdefault("held", {})
-    if dtype not in held or held[dtype].numel() < size:
-        held[dtype] = torch.empty(size, dtype=dtype, device="cpu")
-    return held[dtype][:size].view(shape)
+    held: Tensor | None = getattr(_ROOM, "held", None)
+    if held is None or held.numel() < size:
+        held = _ROOM.held = torch.empty(size, device="cpu")
+    return held[:size].view(shape)
 
 
 def count_indices(index: Tensor, size: int) -> Tensor:

@@ -43,7 +43,7 @@ def set_value(module: GraphModule, node: Node) -> None:
         value_of(node)
         return
     dtype = result_dtype(node)
-    if dtype is not None and _is_packed(source := value_of(node.args[0])):  # type: ignore[arg-type]
+    if dtype is not None and _is_dense(source := value_of(node.args[0])):  # type: ignore[arg-type]
         node.meta["val"] = _described(mode, source, dtype)
         return
     args: Any = map_arg(node.args, value_of)
@@ -79,14 +79,20 @@ def _plain(size: int | torch.SymInt) -> Hashable:
     return size if isinstance(size, int) else size.node.expr
 
 
-def _is_packed(value: Tensor) -> bool:
-    """Whether only the first size is a symbol and the strides are those of a packed tensor."""
+def _is_dense(value: Tensor) -> bool:
+    """Whether only the first size is a symbol, and memory holds the samples without gaps.
+
+    Behind each other, their other axes in any order: so far ops keep strides as they are.
+    """
+    inner = list(zip(value.stride()[1:], value.shape[1:], strict=True))
+    if not value.ndim or not all(isinstance(n, int) for pair in inner for n in pair):
+        return False
     expected = 1
-    for size, stride in zip(reversed(value.shape[1:]), reversed(value.stride()[1:]), strict=True):
-        if not isinstance(size, int) or stride != expected:
+    for stride, size in sorted(inner):
+        if stride != expected:
             return False
         expected *= size
-    return value.ndim > 0 and value.stride()[0] == expected
+    return bool(value.stride()[0] == expected)
 
 
 def _matmul_shape(left: Tensor, right: Tensor) -> tuple[Any, ...] | None:

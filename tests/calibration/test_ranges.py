@@ -91,6 +91,16 @@ def test_mse_range_is_as_good_as_an_exhaustive_search(kind, bits):
     assert error(x, chosen, bits) <= error(x, (low, high), bits) * 1.001
 
 
+@pytest.mark.parametrize("kind", ["normal", "gelu", "heavy", "positive", "negative"])
+def test_the_brief_search_of_a_histogram_finds_what_the_whole_one_does(kind):
+    x = tensors(kind)
+    found = [
+        error(x, choose_range(*observed(x), bits=8, schedule=effort.histogram), 8)
+        for effort in (BRIEF, THOROUGH)
+    ]
+    assert found[0] <= 1.001 * found[1]
+
+
 @pytest.mark.parametrize("signed", [True, False])
 def test_symmetric_ranges_search_one_fraction(signed):
     x = tensors("heavy") if signed else tensors("heavy").relu()

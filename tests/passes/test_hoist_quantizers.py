@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule
 
 from qgraph.context import Context
 from qgraph.graph.build import insert_buffer
 from qgraph.graph.dialect import QUANTIZE, is_quantize
-from qgraph.graph.verify import Sample
+from qgraph.graph.verify import Sample, record_values
 from qgraph.passes import HoistQuantizers
 from tests.backends.builders import minmax, quantize, signed
 
@@ -62,19 +60,6 @@ class Convolved(nn.Module):
 
     def forward(self, x):
         return self.second(self.first(x).transpose(1, 2).unsqueeze(-1))
-
-
-class Probe(Interpreter):
-    """Runs a graph and gives all its tensors by name."""
-
-    def values(self, *args):
-        self.found: dict[str, Any] = {}
-        self.run(*args)
-        return self.found
-
-    def run_node(self, n):
-        self.found[n.name] = super().run_node(n)
-        return self.found[n.name]
 
 
 def built(cls: type[nn.Module], choose=minmax) -> GraphModule:
@@ -145,8 +130,8 @@ def test_quantizers_of_one_scale_and_two_zero_points_stay_two():
 def test_a_convolution_behind_a_moved_quantizer_sees_the_same_strides():
     module = built(Convolved)
     reads = next(n for n in module.graph.nodes if n.target is aten.conv2d.default).args[0]
-    want = Probe(module).values(X)[reads.name]
+    want = record_values(module, Sample((X,)))[reads.name]
     assert hoisted(module)
-    got = Probe(module).values(X)[reads.name]
+    got = record_values(module, Sample((X,)))[reads.name]
     assert torch.equal(got, want)
     assert got.stride() == want.stride()
