@@ -160,7 +160,7 @@ def tests_of(file: str) -> tuple[str, ...]:
     room = "backends" if file.startswith("backends") else Path(file).parent.name
     named, importing, near = [], [], []
     for path, text in _sources_of_tests().items():
-        if Path(path).stem == f"test_{stem}":
+        if f"{Path(path).stem}_".startswith(f"test_{stem}_"):
             named.append(path)
         elif f"from {name} import" in text or f"import {name}\n" in text:
             importing.append(path)

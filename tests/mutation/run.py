@@ -2,9 +2,10 @@
 """`make mutants`: plant each bug in a copy, run its room's tests until the first fails.
 
 python -m tests.mutation.run [--only SUBSTRING] [--seconds 60] [--generated N] [--seed S]
-    [--coverage .coverage] [--fresh]
+    [--coverage .coverage] [--open] [--sum] [--fresh]
 Without --generated: the named bugs. Results go to log.jsonl; what is caught there already is
 skipped, and so are survivors that explained.json explains. Exits with 1 if another one survives.
+--open: survivors of earlier draws once more, with all tests of their file. --sum: only count.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.mutation.covering import Covering
-from tests.mutation.generated import Generated, sample
+from tests.mutation.generated import Generated, sample, tests_of
+from tests.mutation.history import Key, Line, open_bugs, summary
 from tests.mutation.mutants import MUTANTS, Mutant
 from tests.mutation.planting import ROOT, Change, copy_of_the_repository, run
 
 LOG = Path(__file__).parent / "log.jsonl"
 EXPLAINED = Path(__file__).parent / "explained.json"
-Line = dict[str, object]
-Key = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,16 @@ def note(line: Line) -> None:
         log.write(json.dumps(line) + "\n")
 
 
+def _bugs(options: argparse.Namespace) -> list[Bug]:
+    if options.open:
+        survivors = open_bugs(LOG, set(explained()))
+        return [Bug(change, old, new, tests_of(change.file)) for change, old, new in survivors]
+    if options.generated:
+        covering = Covering(options.coverage) if options.coverage else None
+        return [Bug.generated(g, covering) for g in sample(options.generated, options.seed)]
+    return [Bug.named(mutant) for mutant in MUTANTS]
+
+
 def main() -> int:
     """Command line; see the module docstring."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutation.run", description=__doc__)
@@ -106,15 +116,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     parser.add_argument("--coverage", type=Path, help="what `make coverage` wrote")
+    parser.add_argument("--open", action="store_true", help="survivors of earlier draws")
+    parser.add_argument("--sum", action="store_true", help="count what the log holds of draws")
     options = parser.parse_args()
-    covering = Covering(options.coverage) if options.coverage else None
+    if options.sum:
+        print(summary(LOG, set(explained())))
+        return 0
     if options.fresh:
         LOG.unlink(missing_ok=True)
-    every = (
-        [Bug.generated(g, covering) for g in sample(options.generated, options.seed)]
-        if options.generated else [Bug.named(m) for m in MUTANTS]
-    )  # fmt: skip
-    chosen = [bug for bug in every if options.only in bug.change.file]
+    chosen = [bug for bug in _bugs(options) if options.only in bug.change.file]
     done, known = logged(), explained()
     waiting = [b for b in chosen if b.key not in known and done.get(b.key, {}).get("why", "?")]
     waiting.sort(key=lambda bug: not bug.is_reached)  # they need no run of sound tests first
@@ -126,7 +136,8 @@ def main() -> int:
             if verdict.why and bug.room:  # 30 tests that run the line are not all of them
                 verdict = run(bug.change, bug.room, copy, options.seconds)
             file, old, new = bug.key
-            line = {"file": file, "old": old, "new": new, "tests": " ".join(bug.tests)}
+            line: Line = {"file": file, "old": old, "new": new, "tests": " ".join(bug.tests)}
+            line |= {"draw": options.seed} if options.generated else {}
             note({**line, "why": verdict.why, "seconds": round(verdict.seconds)})
             word = f"SURVIVED ({verdict.why})" if verdict.why else "caught"
             print(f"{word:8} {file}: {old[:70]!r} -> {new[:70]!r}", flush=True)

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import ast
+import json
 
 import pytest
 
 from tests.mutation.generated import places_of, planted, sample
+from tests.mutation.history import open_bugs, summary
 from tests.mutation.mutants import MUTANTS, Mutant
 from tests.mutation.planting import ROOT
 from tests.mutation.run import explained
@@ -45,3 +47,33 @@ def test_a_sample_is_the_same_again_and_a_larger_one_begins_with_it():
 
 def test_explanations_are_of_bugs_and_say_why():
     assert all(len(why) > 20 for why in explained().values())
+
+
+def test_only_the_first_result_of_a_bug_tells_how_good_the_tests_are(tmp_path):
+    bug = {"file": "passes/x.py", "new": "b", "tests": "t"}
+    lines = [
+        {**bug, "old": "one", "why": "all tests passed", "draw": 3},
+        {**bug, "old": "two", "why": "", "draw": 3},
+        {**bug, "old": "three", "why": "all tests passed", "draw": 3},
+        {**bug, "old": "one", "why": ""},
+        {**bug, "old": "", "why": "all tests passed"},
+        {"file": MUTANTS[0].file, "old": MUTANTS[0].old, "new": MUTANTS[0].new, "why": ""},
+    ]
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert summary(log, {("passes/x.py", "three", "b")}) == (
+        "draw 3: 3 run, 1 no bugs (explained); of 2: 1 caught at first sight (50%), 2 by now"
+    )
+
+
+def test_a_survivor_is_planted_again_where_its_line_stands(tmp_path):
+    file = "qgraph/formats/affine.py"
+    text = (ROOT / file).read_text()
+    line = next(x.strip() for x in text.splitlines() if "return" in x and text.count(x) == 1)
+    log = tmp_path / "log.jsonl"
+    found = {"file": file, "old": line, "new": "pass", "why": "all tests passed"}
+    others = {**found, "old": "no such line"}, {**found, "new": "known"}
+    log.write_text("".join(json.dumps(each) + "\n" for each in (found, *others)))
+    ((change, old, new),) = open_bugs(log, {(file, line, "known")})
+    assert text[change.start : change.end] == old == line
+    assert change.new == new == "pass"
