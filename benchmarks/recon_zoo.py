@@ -76,7 +76,7 @@ def shown(saved: dict[str, Any]) -> str:
     ]  # fmt: skip
     heads = ("model", "pipeline", "variant", "split", "samples", "steps", "%", "float %",
              "regions", "CPU s", "seeds")  # fmt: skip
-    return table(heads, [tuple(map(str, line)) for line in lines])
+    return table(heads, [tuple(map(str, line)) for line in lines], width=120)
 
 
 def main() -> None:

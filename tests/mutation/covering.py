@@ -13,7 +13,7 @@ from pathlib import Path
 
 from coverage import CoverageData
 
-MOST = 30
+MOST = 60
 
 
 class Covering:

@@ -133,7 +133,7 @@ def main() -> int:
             if not sound(bug, copy, options.seconds):
                 continue
             verdict = run(bug.change, bug.tests, copy, options.seconds)
-            if verdict.why and bug.room:  # 30 tests that run the line are not all of them
+            if verdict.why and bug.room:  # those that run the line may be more than were picked
                 verdict = run(bug.change, bug.room, copy, options.seconds)
             file, old, new = bug.key
             line: Line = {"file": file, "old": old, "new": new, "tests": " ".join(bug.tests)}
