@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.large_models import LARGE
 from benchmarks.memory import peak
 from benchmarks.onnx_models import CASES, Case
 from benchmarks.peers import PACKAGES, PEERS, Clock, Run
@@ -34,7 +35,7 @@ from benchmarks.performance_page import write_page
 from benchmarks.zoo_models import ZOO
 
 RESULT = Path("benchmarks/results/peers.json")
-MODELS = {**CASES, **ZOO}
+MODELS = {**CASES, **LARGE, **ZOO}
 Row = dict[str, Any]
 
 

@@ -23,23 +23,14 @@ from typing import Any
 import torch
 
 import qgraph
-from benchmarks.onnx_models import CASES, Case, images
+from benchmarks.large_models import sam
+from benchmarks.onnx_models import CASES, Case
 from qgraph.report.text import table
 
 RESULT = Path("benchmarks/results/memory.json")
 LIMIT = 1.3
 SAM_LIMIT = 8 << 30
 DEFAULT = ("minilm", "vit", "unet")
-
-
-def sam(num_batches: int = 2) -> Case:
-    """The image encoder of SAM ViT-B with random weights, one image of 1024 pixels a batch."""
-    from transformers import SamVisionConfig, SamVisionModel
-
-    torch.manual_seed(0)
-    model = SamVisionModel(SamVisionConfig()).eval()
-    batches = [{"pixel_values": images(1, 3, 1024, seed)} for seed in range(num_batches)]
-    return Case("sam", model, batches, batches[:1], lambda out: out.last_hidden_state, None, {})
 
 
 MODELS: dict[str, Callable[..., Case]] = {**CASES, "sam": sam}
