@@ -25,6 +25,7 @@ from qgraph.calibration.ranks import check_equal, own_folder
 from qgraph.calibration.sample import Call, example_of, small_sample
 from qgraph.context import Context, Progress
 from qgraph.errors import ConfigError
+from qgraph.garbage import old_objects_aside
 from qgraph.graph.ignore import Ignore, Pattern
 from qgraph.graph.trace import own_parameters, trace_info, trace_sharing
 from qgraph.max_drop import Metric, cheapest_within, check_limits
@@ -37,6 +38,7 @@ from qgraph.report.build import build_report
 from qgraph.validation import check_unchanged, fingerprint, validate
 
 
+@old_objects_aside()
 def compile(  # noqa: A001
     model: nn.Module | torch.export.ExportedProgram,
     calib_loader: Iterable[Any],

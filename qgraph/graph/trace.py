@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from qgraph.errors import CaptureError
+from qgraph.garbage import old_objects_aside
 from qgraph.graph.build import attribute
 from qgraph.graph.capture_checks import check_inference, check_model, check_sample, check_tensors
 from qgraph.graph.capture_errors import explain
@@ -114,7 +115,7 @@ def _trace(
 ) -> GraphModule:  # fmt: skip
     if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
         model = model._orig_mod
-    with _unchanged_surroundings():
+    with old_objects_aside(), _unchanged_surroundings():
         if isinstance(model, ExportedProgram):
             return _from_program(model, dynamic_shapes)
         check_model(model)
