@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     "qgraph.errors": 0,
     "qgraph.atomic": 1,
+    "qgraph.garbage": 1,
     "qgraph.formats": 1,
     "qgraph.graph": 2,
     "qgraph.calibration": 3,
