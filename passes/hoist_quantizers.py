@@ -74,7 +74,9 @@ class HoistQuantizers(Pass):
         twin = next((u for u in value.users if _same_quantizer(u, node)), None)
         if twin is None:
             twin = insert_call(module, QUANTIZE, value, *node.args[1:], like=node, before=move)
-            _pull_up(node, twin)
+        elif move < twin:  # made for a move further down
+            move.prepend(twin)
+        _pull_up(twin)
         moved = insert_move(module, move, twin, before=node)
         node.replace_all_uses_with(moved)
         module.graph.erase_node(node)
@@ -89,8 +91,8 @@ def _same_quantizer(candidate: Node, node: Node) -> bool:
     return ours == theirs
 
 
-def _pull_up(node: Node, twin: Node) -> None:
+def _pull_up(twin: Node) -> None:
     """Parameters of the old quantizer must be read before the new one."""
-    for argument in node.args[1:]:
-        if isinstance(argument, Node) and argument.op == "get_attr":
+    for argument in twin.args[1:]:
+        if isinstance(argument, Node) and twin < argument:
             twin.prepend(argument)
