@@ -221,12 +221,8 @@ def _absorb(order: _Order, spans: list[Span]) -> list[Span]:
             found[-1] = (found[-1][0], stop)
         elif pending is None:
             pending = start
-    if pending is not None:
-        if found:
-            found[-1] = (found[-1][0], spans[-1][1])
-        else:
-            found = [(pending, spans[-1][1])]
-    return found
+    # What waits for a weight ahead has met it, unless there is none at all.
+    return found if pending is None else [(pending, spans[-1][1])]
 
 
 def _belongs_ahead(

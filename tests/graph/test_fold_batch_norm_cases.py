@@ -155,6 +155,16 @@ def test_other_norms_become_a_factor_and_a_summand_per_channel(source):
     assert (got["mul"], got["add"], got["batch_norm"]) == (1, 1, 0)
 
 
+def test_weights_given_by_name_are_replaced_and_other_names_kept() -> None:
+    def draw(s: Sketch) -> Node:
+        weight, bias = s.stored(torch.randn(OUT, 2, 3)), s.stored(torch.randn(OUT), "b")
+        x = s.input(3, 4, 7)
+        made = s.call(aten.conv1d.default, x, weight=weight, bias=bias, padding=[1], groups=2)
+        return norm(s, made)
+
+    assert folded(draw, fold_batch_norm, changes=True) == Counter(conv1d=1)
+
+
 def test_a_product_that_is_also_read_elsewhere_is_not_scaled() -> None:
     def draw(s: Sketch) -> Node:
         x = product(s, "conv2")

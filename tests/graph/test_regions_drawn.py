@@ -190,8 +190,8 @@ def parallel(count: int) -> GraphModule:
 
 
 @pytest.mark.parametrize(("count", "limit", "weights"), [
-    (2, 12, [1, 2, 1]), (3, 3, [1, 3, 1]), (3, 2, [1, 3, 1]), (5, 5, [1, 5, 1]), (5, 4, [1, 1, 4, 1]),
-    (8, 4, None), (8, 8, [1, 8, 1]),
+    (2, 12, [1, 2, 1]), (3, 3, [1, 3, 1]), (3, 2, [1, 3, 1]), (5, 5, [1, 5, 1]),
+    (5, 4, [1, 1, 4, 1]), (8, 4, None), (8, 8, [1, 8, 1]),
 ])  # fmt: skip
 def test_wide_parts_are_cut_only_where_they_hold_too_many_weights(count, limit, weights):
     found = [len(r.weights) for r in find_regions(parallel(count), max_products=limit)]
