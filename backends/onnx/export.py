@@ -24,7 +24,7 @@ from qgraph.backends.onnx import finish, ops
 from qgraph.backends.onnx.capabilities import OPSET_DEFAULT, SESSION_CONFIG
 from qgraph.backends.onnx.prepare import Prepared, prepare
 from qgraph.backends.onnx.program import flat_program
-from qgraph.backends.onnx.signature import Signature, dump, read_signature, symbols
+from qgraph.backends.onnx.signature import Signature, dump, read_signature
 from qgraph.errors import ExportError, unknown_name
 
 LOGGER = logging.getLogger("qgraph")
@@ -93,7 +93,7 @@ def export(
     signature = read_signature(module, input_names, output_names)
     prepared = prepare(module, container=container)
     model = _translate(prepared, signature)
-    _rename_symbols(model, symbols(module))
+    _rename_symbols(model, signature)
     codes = finish.resolve_marks(model)
     finish.finish(model, native=container == "native", opset=opset)
     stored = {
@@ -149,18 +149,13 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _rename_symbols(model: ir.Model, labels: dict[str, str]) -> None:
-    """Give symbolic sizes readable names; the exporter traces anew and numbers them its own way."""
+def _rename_symbols(model: ir.Model, signature: Signature) -> None:
+    """Give symbolic sizes the signature's names; the exporter traces anew and numbers them."""
     fresh: dict[str, str] = {}
-    for value in model.graph.inputs:
-        for axis, size in enumerate(value.shape or ()):
-            if isinstance(size, ir.SymbolicDim) and str(size) not in fresh:
-                wanted = list(labels.values())
-                free = [w for w in wanted if w not in fresh.values()]
-                name = (
-                    "batch" if axis == 0 and "batch" in free else (free[-1] if free else str(size))
-                )
-                fresh[str(size)] = name
+    for value, declared in zip(model.graph.inputs, signature.inputs, strict=True):
+        for size, name in zip(value.shape or (), declared.shape, strict=False):
+            if isinstance(size, ir.SymbolicDim):
+                fresh.setdefault(str(size), str(name))
     finish.rename_dims(model, fresh)
 
 

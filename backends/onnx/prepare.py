@@ -116,7 +116,7 @@ def _mark(prepared: Prepared) -> None:
 def _is_wide(encoding: AffineEncoding) -> bool:
     """Whether neither int16 nor uint16 holds the codes."""
     low, high = encoding.qmin, encoding.qmax
-    return not (-(2**15) <= low and high < 2**15) and not (low >= 0 and high < 2**16)
+    return not (low >= -(2**15) and high < 2**15) and not (low >= 0 and high < 2**16)
 
 
 def _container(encoding: AffineEncoding, node: Node) -> tuple[int, torch.dtype]:
