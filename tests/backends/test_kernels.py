@@ -166,7 +166,8 @@ def test_values_of_integers_make_integer_nodes(
         node("Softmax", "x", "soft"), node("DequantizeLinear", "q", "y"),
     ]  # fmt: skip
     found, _ = ran(
-        nodes, monkeypatch, tmp_path, stored={"w": np.ones(1, np.int8), "f": np.ones(1, np.float32)},
+        nodes, monkeypatch, tmp_path,
+        stored={"w": np.ones(1, np.int8), "f": np.ones(1, np.float32)},
         inputs={"x": (TensorProto.FLOAT, [2]), "i": (TensorProto.INT64, [2])},
     )  # fmt: skip
     kinds = {row.name: row.kind for row in found.rows}
