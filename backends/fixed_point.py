@@ -96,7 +96,12 @@ def requantize_fixed(
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """Product of fixed-point values: 2^-24 resolution kept while ``|a b| < 2^14``."""
+    """Product of fixed-point values: 2^-24 resolution kept while ``|a b| < 2^14``.
+
+    The smaller factor is clamped against overflow: beyond 2^12 both are, and the product saturates.
+    """
+    ordered = a.abs() >= b.abs()
+    a, b = torch.where(ordered, a, b), torch.where(ordered, b, a)
     high, low = a >> 12, a & 0xFFF
     return saturate(rounding_shift(high * b.clamp(-(2**36), 2**36) + ((low * b) >> 12), 12))
 
