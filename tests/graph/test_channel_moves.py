@@ -240,14 +240,14 @@ def test_where_a_scale_cannot_be_folded_it_is_said_why(name):
 
 
 def attended(
-    *, heads: int = 2, fused: bool = False, groups: int = 1, mixed: str = ""
+    *, heads: int = 2, fused: bool = False, groups: int = 1, mixed: str = "", bias: bool = True
 ) -> tuple[GraphModule, Node, Node]:
     """Attention over [2, 3, 8] whose values are rows of one projection; and its reader."""
     torch.manual_seed(0)
     s = Sketch()
     x = s.input(2, 3, 8)
     own = 8 // groups
-    values = s.linear(x, own + 8 * fused, name="values")
+    values = s.linear(x, own + 8 * fused, bias=bias, name="values")
     if fused:
         values = s.call(aten.slice.Tensor, values, -1, 8, 16)
     split = s.call(aten.reshape.default, values, [2, 3, heads // groups, 8 // heads])
@@ -267,7 +267,7 @@ def attended(
 
 @pytest.mark.parametrize(("heads", "fused"), [(1, False), (2, False), (4, False), (2, True)])
 def test_channels_of_attention_are_rows_of_the_values_by_head(heads, fused):
-    module, value, reader = attended(heads=heads, fused=fused)
+    module, value, reader = attended(heads=heads, fused=fused, bias=heads != 4)
     found = find_value_heads(value, [reader])
     assert isinstance(found, ValueHeads), found
     assert found.rows.tolist() == list(range(8 * fused, 8 * fused + 8))
