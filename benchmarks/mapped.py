@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks.mapped --gib 13`: a model larger than half of memory, weights in a file.
+"""`python -m benchmarks.mapped --gib 12`: a model larger than half of memory, weights in a file.
 
 The file is mapped (`torch.load(..., mmap=True)`), so its pages are the system's to drop. What the
 compilation itself needs is anonymous memory, sampled while it runs: mostly the int8 codes, a
@@ -98,9 +98,9 @@ def main() -> None:
             made = qgraph.compile(model, data, "int8", verify=False, progress=False)
         with Peak() as saving:
             made.save(target)
-        expected = made.lower("reference")(data[0])
+        expected = made.graph_module(data[0])  # a backend would decode all weights at once
         loaded = cast(qgraph.QuantizedModel, qgraph.load(target))
-        same = torch.equal(loaded.lower("reference")(data[0]), expected)
+        same = torch.equal(loaded.graph_module(data[0]), expected)
         weights = path.stat().st_size
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found = {

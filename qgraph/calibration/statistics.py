@@ -152,9 +152,8 @@ class Observation:
         if x.numel() == 0:
             return Extrema(x.new_full(shape, INF), x.new_full(shape, -INF), 0, 0)
         if self.on_host and weight is None:
-            # one read where memory is in order; elsewhere aminmax would copy first
-            whole = not axes and x.is_contiguous()
-            low, high = torch.aminmax(x) if whole else (x.amin(dims), x.amax(dims))
+            # two reads of what was just made cost less than aminmax, which does one in small steps
+            low, high = x.amin(dims), x.amax(dims)
             # an end that is NaN or infinite makes this sum so; torch.isfinite costs four reads
             if math.isfinite((low.sum() if axes else low).item()) and math.isfinite(
                 (high.sum() if axes else high).item()
