@@ -98,7 +98,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("above += units <= threshold", "above += units < threshold"),
         ("num_levels <= 256 else", "num_levels <= 257 else"),
         ("values * along(scale, axis, ranks.ndim)", "values * scale.mean()"),
-        ("above = self.thresholds < self.levels[..., 1:]", "above = self.thresholds < self.levels[..., 1:] + 9"),
+        ("(self.thresholds < high)", "(self.thresholds < high + 9)"),
     ),
     *_of(
         DUAL,
@@ -171,8 +171,8 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_of(
         RANGES,
-        ("self.low = torch.minimum(self.low, new.low)", "self.low = new.low"),
-        ("self.high = torch.maximum(self.high, new.high)", "self.high = torch.minimum(self.high, new.high)"),
+        ("self.low = torch.minimum(self.low, low)", "self.low = low"),
+        ("self.high = torch.maximum(self.high, high)", "self.high = torch.minimum(self.high, high)"),
         ("torch.where(flip, -source.high, source.low)", "torch.where(flip, -source.low, source.low)"),
         ('"low": self.low[order],', '"low": self.low,'),
     ),
