@@ -230,3 +230,41 @@ def test_a_pooled_value_is_a_gate_where_it_multiplies_an_image(merge, side):
     assert found[squeeze.name].side is side
     assert [p.level for p in found.values()] == [0, 0, 0, 1, 1]
     assert torch.is_tensor(s.module.stem_weight)
+
+
+# how a second value reaches the merge at level 1, and whether it crosses a level on the way
+CROSSINGS = {
+    "upsampled": (lambda s, low: up(s, low), True),
+    "upsampled and rectified": (lambda s, low: relu(s, up(s, relu(s, low))), True),
+    "transposed convolution": (lambda s, low: transposed(s, low), True),
+    "rectified transposed convolution": (lambda s, low: relu(s, transposed(s, low)), True),
+    "upsampled and convolved": (lambda s, low: s.conv(up(s, low), 4, name="smooth"), False),
+    "upsampled and doubled": (lambda s, low: doubled(s, up(s, low)), False),
+}
+
+
+def transposed(s: Sketch, x: Node) -> Node:
+    weight = s.stored(torch.randn(4, 4, 2, 2), "grow")
+    return s.call(aten.conv_transpose2d.input, x, weight, None, [2, 2])
+
+
+def doubled(s: Sketch, x: Node) -> Node:
+    return s.call(aten.add.Tensor, x, x)
+
+
+@pytest.mark.parametrize("name", CROSSINGS)
+def test_blocks_end_where_a_value_of_another_level_is_added(name):
+    draw, crosses = CROSSINGS[name]
+    s = Sketch()
+    x = s.conv(s.input(2, 1, 16, 16), 4, name="stem")
+    x = s.conv(pool(s, x), 4, name="encode")
+    low = s.conv(pool(s, x), 4, name="bottom")
+    before = s.conv(relu(s, s.conv(up(s, low), 4, name="first")), 4, name="before")
+    merged = s.call(aten.add.Tensor, before, draw(s, low))
+    after = s.conv(merged, 4, name="after")
+    found = find_structure(s.returns(s.conv(after, 1, name="head")))
+    assert found.skips == ()
+    blocks = [found.placements[n.name].block for n in (before, after)]
+    assert blocks[0].startswith("D1")
+    assert blocks[1].startswith("D1")
+    assert (blocks[0] != blocks[1]) is crosses
