@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qgraph.errors import ConfigError
 from qgraph.formats.levels import LevelEncoding
 from qgraph.formats.log_affine import (
     LogAffine,
@@ -198,3 +199,19 @@ def test_other_slopes_change_nothing_else_and_borders_lie_half_way_in_the_logari
         reserve_zero=True,
     )  # fmt: skip
     assert least.distances().tolist() == [[[1, 2, 4, 8]] * 2]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"offset": torch.tensor([[1.0, 1.0], [1.0, math.nan]])}, "offset is not finite"),
+        ({"centre": torch.tensor([0.0, math.inf])}, "centre is not finite"),
+        ({"decoder": "shift", "centre": torch.tensor([0.0, 1.0])}, "needs centre 0"),
+    ],
+)
+def test_one_wrong_number_among_good_ones_is_refused(changed, words):
+    whole = {
+        "bits": 4, "slope": torch.ones(2, 2), "offset": torch.ones(2, 2), "centre": torch.zeros(2)
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=words):
+        LogAffine(**{**whole, **changed})

@@ -87,12 +87,21 @@ def test_products_that_read_one_value_are_one_unit_and_all_are_in_order() -> Non
         ("low", (4, 4), None), ("low", (5, 4), (8, 8)), ("low", (4, 6), (8, 8)),
         ("low", (3, 3), None), ("low", (10, 4), (10, 8)), ("low", (4, 12), (8, 12)),
         ("stem", (4, 4), (8, 8)), ("head", (4, 4), (8, 8)), ("head", (9, 4), (9, 8)),
-        ("right", (6, 4), (8, 8)),
+        ("right", (6, 4), (8, 8)), ("right", (4, 6), (8, 8)), ("right", (2, 2), None),
     ],
 )  # fmt: skip
 def test_what_was_raised_and_the_ends_of_the_network_keep_eight_bits_or_more(name, bits, pinned):
     _, n, _, units = planned({name: bits})
     assert owners(units.units)[n[name]].pinned == pinned
+
+
+@pytest.mark.parametrize(
+    ("base", "raised"), [((4, 4), False), ((5, 4), False), ((3, 5), True), ((5, 3), True)]
+)
+def test_raised_means_more_than_was_asked_for_that_operand(base, raised):
+    module, n, plan, _ = planned()
+    units = find_units(module, plan, find_structure(module), base)
+    assert (owners(units.units)[n["low"]].pinned is not None) is raised
 
 
 def test_costs_are_counts_times_widths() -> None:

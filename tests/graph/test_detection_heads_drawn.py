@@ -194,6 +194,9 @@ def test_weights_read_by_two_products_or_more_are_shared() -> None:
     x = trunk(s)
     first, second, third = (s.conv(x, 5, name="tower") for _ in range(3))
     other = s.conv(third, 4, name="box")
-    module = s.returns(first, second, other)
+    pair = [s.conv(each, 5, name="pair") for each in (first, second)]
+    module = s.returns(*pair, other)
     nodes = list(module.graph.nodes)
-    assert shared_weights(module, nodes) == {"tower_weight": (first, second, third)}
+    assert shared_weights(module, nodes) == {
+        "tower_weight": (first, second, third), "pair_weight": tuple(pair)
+    }  # fmt: skip

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
@@ -75,7 +76,8 @@ def test_the_longest_path_counts_where_chains_meet() -> None:
         ([(32, 32), (16, 16), (8, 8)], [0, 1, 2]), ([(8, 8), (32, 32), (16, 16)], [2, 0, 1]),
         ([(40, 10), (20, 20), (10, 40)], [0, 0, 0]), ([(30, 30), (26, 26), (20, 20)], [0, 0, 1]),
         ([(30, 30), (24, 24), (20, 20)], [0, 1, 1]),
-        ([(27, 27), (9, 9), (3, 3)], [0, 1, 2]),
+        ([(27, 27), (9, 9), (3, 3)], [0, 1, 2]), ([(40, 10), (10, 10)], [0, 1]),
+        ([(32, 32), (16, 16), (14, 14)], [0, 1, 1]),
     ],
 )  # fmt: skip
 def test_levels_are_ranks_of_side_lengths_a_factor_of_1_3_apart(sizes, levels):
@@ -111,12 +113,13 @@ def test_what_is_an_image_and_what_takes_its_level_from_what_it_reads() -> None:
     soft = s.call(aten.softmax.int, s.call(aten.permute.default, low, [0, 2, 3, 1]), -1)
     scaled = s.call(aten.mul.Tensor, low, s.call(aten.sigmoid.default, gate))
     both = s.call(aten.add.Tensor, s.call(aten.mean.dim, first, [2, 3]), tokens_mean(s, tokens))
-    module = s.returns(scaled, mixed, soft, both)
+    mean = s.call(aten.avg_pool2d.default, first, [2, 2])
+    module = s.returns(scaled, mixed, soft, both, mean)
     found = find_levels(module)
     size = (8, 8)
     assert found.resolution == {
         x: (16, 16), first: (16, 16), first.args[0]: (16, 16), low.args[0]: size, low: size,
-        scaled: size,
+        scaled: size, mean: size,
     }  # fmt: skip
     assert [found.level[n] for n in (x, first, low, gate, tokens, mixed, soft)] == [
         0, 0, 1, 1, 1, 1, 1,
@@ -232,17 +235,6 @@ def test_a_pooled_value_is_a_gate_where_it_multiplies_an_image(merge, side):
     assert torch.is_tensor(s.module.stem_weight)
 
 
-# how a second value reaches the merge at level 1, and whether it crosses a level on the way
-CROSSINGS = {
-    "upsampled": (lambda s, low: up(s, low), True),
-    "upsampled and rectified": (lambda s, low: relu(s, up(s, relu(s, low))), True),
-    "transposed convolution": (lambda s, low: transposed(s, low), True),
-    "rectified transposed convolution": (lambda s, low: relu(s, transposed(s, low)), True),
-    "upsampled and convolved": (lambda s, low: s.conv(up(s, low), 4, name="smooth"), False),
-    "upsampled and doubled": (lambda s, low: doubled(s, up(s, low)), False),
-}
-
-
 def transposed(s: Sketch, x: Node) -> Node:
     weight = s.stored(torch.randn(4, 4, 2, 2), "grow")
     return s.call(aten.conv_transpose2d.input, x, weight, None, [2, 2])
@@ -250,6 +242,17 @@ def transposed(s: Sketch, x: Node) -> Node:
 
 def doubled(s: Sketch, x: Node) -> Node:
     return s.call(aten.add.Tensor, x, x)
+
+
+# how a second value reaches the merge at level 1, and whether it crosses a level on the way
+CROSSINGS: dict[str, tuple[Callable[[Sketch, Node], Node], bool]] = {
+    "upsampled": (up, True),
+    "upsampled and rectified": (lambda s, low: relu(s, up(s, relu(s, low))), True),
+    "transposed convolution": (transposed, True),
+    "rectified transposed convolution": (lambda s, low: relu(s, transposed(s, low)), True),
+    "upsampled and convolved": (lambda s, low: s.conv(up(s, low), 4, name="smooth"), False),
+    "upsampled and doubled": (lambda s, low: doubled(s, up(s, low)), False),
+}
 
 
 @pytest.mark.parametrize("name", CROSSINGS)
