@@ -71,7 +71,7 @@ def test_rows_of_coded_tables_are_gathered_and_scaled(name: str, shape: tuple[in
     y = b.call(aten.embedding.default, held, node)
     module = b.finish(b.call(aten.mul.Tensor, y, 1.0))
     for mode in ("onnxruntime", "fixed_point"):
-        lowered = integer.lower(module, mode=mode)  # type: ignore[arg-type]
+        lowered = integer.lower(module, mode=mode)
         assert torch.equal(lowered(index)[0], encoding.decode(codes)[index]), mode
     assert bool(lowered.explain().islands) == (name == "rows")
 
@@ -121,7 +121,7 @@ def test_float_biases_are_added_along_the_channels(op: Any, integers: bool) -> N
     module = b.finish(b.call(op, *args))
     exact = op(x_grid.decode(x).double(), grid.decode(w).double(), bias.double())
     for mode in ("onnxruntime", "fixed_point"):
-        (found,) = integer.lower(module, mode=mode)(x)  # type: ignore[arg-type]
+        (found,) = integer.lower(module, mode=mode)(x)
         torch.testing.assert_close(found.double(), exact, atol=2 * UNIT, rtol=2.0**-22)
 
 
