@@ -159,6 +159,22 @@ def test_a_channel_axis_is_followed_to_where_its_channels_are(target, rest, lost
             assert bool((part == channel).all())
 
 
+def test_one_row_of_a_table_serves_all_elements_and_several_values_have_no_axis():
+    one, two = (
+        LevelEncoding(
+            scale=torch.ones(n), levels=REGIONS.levels.expand(n, -1),
+            thresholds=REGIONS.thresholds.expand(n, -1), name="t", storage_bits=4, axis=1,
+        )
+        for n in (1, 2)
+    )  # fmt: skip
+    assert is_per_tensor(one)
+    assert not is_per_tensor(two)
+    hand = Hand()
+    split = hand.graph.call_function(aten.chunk.default, (hand.given("x", normal(4, 4)), 2))
+    split.meta["val"] = list(normal(4, 4).chunk(2))
+    assert moved_axis(hand.graph.call_function(aten.clone.default, (split,)), 0) == (False, None)
+
+
 def test_a_matrix_is_turned_with_its_channels():
     hand = Hand()
     node = hand.call(aten.t.default, hand.given("x", normal(2, 3)))

@@ -110,6 +110,22 @@ def test_a_function_between_two_quantizers_is_a_table(target, rest, fits, encodi
         assert (function, given) == (target, rest)
 
 
+def test_codes_of_more_than_sixteen_bits_have_no_table():
+    for bits, role in ((16, Role.TABLE), (32, Role.FLOAT)):
+        top = 2 ** (bits - 1)
+        hand = Hand()
+        node = hand.call(aten.tanh.default, hand.given("x", normal(3, 4)))
+        encoding = AffineEncoding(
+            scale=torch.tensor(0.01),
+            zero_point=torch.tensor(0, dtype=torch.int32),
+            qmin=-top,
+            qmax=top - 1,
+        )
+        read(hand, node, encoding=encoding)
+        layer(hand, node, "fc")
+        assert roles(hand)[1](node) is role
+
+
 def test_functions_behind_each_other_are_one_table_and_sizes_may_be_asked():
     hand = Hand()
     x = hand.given("x", normal(3, 4))
