@@ -94,6 +94,8 @@ def test_what_is_no_detector_is_left_as_it_is(monkeypatch):
 
 
 def test_treatments_are_checked():
+    good: Any
+    wrong: Any
     for good in ({"last": "8"}, {"adds": "float"}, {"parts": "backbone and neck"}):
         PlanHeads(**good)
     for wrong in ({"last": "4"}, {"adds": "4"}, {"parts": "neck"}):
