@@ -17,6 +17,7 @@ from qgraph.calibration import (
     Reservoir,
     choose_range,
     choose_range_for_output,
+    weight_encoding,
     weight_parameters,
 )
 from qgraph.calibration.decibels import decibels
@@ -31,7 +32,6 @@ from qgraph.passes import (
     use_log_affine,
 )
 from qgraph.passes.choose_ranges import output_weight
-from qgraph.passes.use_log_affine import uniform_encoding
 from tests.passes.by_hand import Hand, aten, kinds_asked, normal, told
 
 METHODS = ("output", "mse", "minmax", "percentile", "entropy")
@@ -267,20 +267,6 @@ def test_tied_weights_share_one_encoding_and_decided_ones_keep_theirs():
     assert fourth.encoding is mine
 
 
-@pytest.mark.parametrize("axis", [None, 0, 1])
-@pytest.mark.parametrize("bits", [4, 8, 9])
-def test_the_uniform_rival_is_what_weights_would_get(axis, bits):
-    w = normal(5, 6).pow(3)
-    found: Any = uniform_encoding(w, bits, axis)
-    hand, site = weights("linear", (5, 6), bits=bits, axis=axis)
-    hand.run(ChooseWeightScales(clip_below=99))
-    assert torch.equal(found.scale, site.encoding.scale)
-    assert torch.equal(found.zero_point, site.encoding.zero_point)
-    assert (found.qmin, found.qmax, found.axis) == (
-        site.encoding.qmin, site.encoding.qmax, site.encoding.axis,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("shape", "options", "asked"),
     [
@@ -321,9 +307,7 @@ def test_log_affine_tables_are_fitted_where_they_may_win(shape, options, asked, 
     assert bits == site.bits
     assert {k: given[k] for k in asked} == asked
     w = normal(*shape).pow(3)
-    rival = uniform_encoding(
-        w, bits, None if own.get("axis", 0) is None else own.get("axis", 0) % 2
-    )
+    rival = weight_encoding(w, bits, None if own.get("axis", 0) is None else own.get("axis", 0) % 2)
     errors = [float((e.fake(w) - w).double().square().mean()) for e in (rival, site.encoding)]
     gain = line.numbers["gain_db"]
     assert gain == pytest.approx(decibels(*errors), abs=1e-6)
@@ -345,7 +329,7 @@ def test_log_affine_leaves_tables_and_decided_weights_and_shares_tied_ones():
         for n in range(3)
     ]
     first, second, third = (hand.weight_site(n) for n in nodes)
-    third.decide(uniform_encoding(normal(5, 64), 4, 0), "someone")
+    third.decide(weight_encoding(normal(5, 64), 4, 0), "someone")
     hand.run(UseLogAffine(part="all", min_gain_db=-99.0))
     assert first.encoding is second.encoding is not None
     assert third.decided_by == "someone"
