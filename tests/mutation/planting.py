@@ -11,6 +11,7 @@ import compileall
 import importlib
 import os
 import py_compile
+import re
 import resource
 import shutil
 import signal
@@ -25,7 +26,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 SKIPPED = shutil.ignore_patterns(
-    ".git", ".venv", "out", "*.safetensors", "*_cache", "__pycache__", "site", "*.egg-info"
+    ".git", ".venv", "out", "*_cache", "__pycache__", "site", "*.egg-info"
 )
 PRELOADED = (
     "torch", "torch.export", "torch.fx", "onnx", "onnxruntime", "onnxscript", "networkx",
@@ -37,11 +38,12 @@ HANGS = 10  # wall time over processor time
 
 
 class Verdict(NamedTuple):
-    """How a run of tests ended; `why` it noticed nothing, or ""."""
+    """How a run of tests ended; `why` it noticed nothing, or ""; `by` which test it did."""
 
     why: str
     seconds: float
     output: str
+    by: str = ""
 
 
 class Change(NamedTuple):
@@ -107,7 +109,8 @@ def _forked(tests: Sequence[str], copy: Path, seconds: float) -> Verdict:
     # A crash of the interpreter is noticed too.
     noticed = code in NOTICED or code < 0
     why = "" if noticed else "all tests passed" if code == 0 else f"pytest ended with {code}"
-    return Verdict(why, taken, output)
+    first = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    return Verdict(why, taken, output, first[1] if noticed and first else "")
 
 
 def _test(tests: Sequence[str], copy: Path, log: Path, seconds: int) -> None:

@@ -138,6 +138,7 @@ def main() -> int:
             file, old, new = bug.key
             line: Line = {"file": file, "old": old, "new": new, "tests": " ".join(bug.tests)}
             line |= {"draw": options.seed} if options.generated else {}
+            line |= {"by": verdict.by} if verdict.by else {}
             note({**line, "why": verdict.why, "seconds": round(verdict.seconds)})
             word = f"SURVIVED ({verdict.why})" if verdict.why else "caught"
             print(f"{word:8} {file}: {old[:70]!r} -> {new[:70]!r}", flush=True)
