@@ -62,10 +62,13 @@ class HoistQuantizers(Pass):
             return None
         if source.target is aten.relu.default and int(encoding.zero_point) == encoding.qmin:
             Edge(node, (0,)).redirect(source.args[0])  # type: ignore[arg-type]
-            return node
-        if source.target in PERMUTING and all(is_quantize(user) for user in source.users):
-            return self._swap(module, node, source)
-        return None
+        elif source.target in PERMUTING and all(is_quantize(user) for user in source.users):
+            node = self._swap(module, node, source)
+        else:
+            return None
+        if not source.users:  # to the next step it would be one who reads floats
+            module.graph.erase_node(source)
+        return node
 
     def _swap(self, module: GraphModule, node: Node, move: Node) -> Node:
         """``move -> quantize`` becomes ``quantize -> move``; returns the new quantize node."""

@@ -51,6 +51,18 @@ class MovedTwice(nn.Module):
         return self.left(y.transpose(1, 2)) + self.right(y.transpose(1, 2).clone())
 
 
+class MovedAgain(nn.Module):
+    """Heads taken apart and put together again around a ReLU: five steps from its product."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        y = self.first(x).unflatten(-1, (2, 3)).transpose(1, 2)
+        return self.second(torch.relu(y).transpose(1, 2).flatten(2))
+
+
 class Convolved(nn.Module):
     """Tokens in front turned into a picture of width 1."""
 
@@ -135,3 +147,16 @@ def test_a_convolution_behind_a_moved_quantizer_sees_the_same_strides():
     got = record_values(module, Sample((X,)))[reads.name]
     assert torch.equal(got, want)
     assert got.stride() == want.stride()
+
+
+def test_a_quantizer_goes_through_all_moves_up_to_the_product():
+    module = built(MovedAgain)
+    want = module(X)
+    assert hoisted(module)
+    found = targets(module)
+    assert aten.relu.default not in found
+    assert found.count(aten.transpose.int) == 2
+    (product, _) = (n for n in module.graph.nodes if n.target is aten.linear.default)
+    assert [user.target for user in product.users] == [QUANTIZE]
+    assert torch.equal(module(X), want)
+    assert not hoisted(module)
