@@ -194,8 +194,7 @@ class FixedEmitter(Emitter):
         if target.scale.numel() > 1 and pending.moves:
             fixed_value = self.replay(self._materialized(pending), pending.moves)
             return self._codes_of(fixed_value, target, storage, pending.moves[-1].meta["val"].ndim)
-        scale = target.scale if target.scale.numel() > 1 else target.scale.reshape(())
-        real = form.scale.double() / along(scale.double(), target.axis, ndim)
+        real = form.scale.double() / _over(target.scale, target, ndim).double()
         limits = [v + storage.offset for v in code_limits(pending.clamp, target, ndim)]
         codes = self._emit_codes(
             fixed.requantize if form.bound < INT32_LIMIT else fixed.requantize_fixed,
@@ -217,8 +216,7 @@ class FixedEmitter(Emitter):
     def _codes_of(self, value: Node, target: AffineEncoding, storage: Storage, ndim: int) -> Node:
         from qgraph.backends.arithmetic import OPEN
 
-        scale = target.scale if target.scale.numel() > 1 else target.scale.reshape(())
-        real = 1 / (along(scale.double(), target.axis, ndim) * fixed.ONE)
+        real = 1 / (_over(target.scale, target, ndim).double() * fixed.ONE)
         limits = [v + storage.offset for v in code_limits(OPEN, target, ndim)]
         return self._emit_codes(
             fixed.requantize_fixed, value, fixed.factor(real), target, storage, limits
@@ -229,8 +227,7 @@ class FixedEmitter(Emitter):
         storage: Storage, limits: list[Tensor],
     ) -> Node:  # fmt: skip
         ndim = max(factor[0].ndim, 1)
-        zero = target.zero_point if target.scale.numel() > 1 else target.zero_point.reshape(())
-        zero = along(zero.to(torch.int64) + storage.offset, target.axis, ndim)
+        zero = _over(target.zero_point, target, ndim).to(torch.int64) + storage.offset
         parameters = [*factor, zero, *(v.to(torch.int64) for v in limits)]
         nodes = [self.buffer("requantize", p) for p in parameters]
         return self.call(aten.to.dtype, self.call(function, value, *nodes), storage.dtype)
@@ -287,3 +284,8 @@ def _is_float(node: Node) -> bool:
     if isinstance(value, (list, tuple)):
         value = value[0] if value else None
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _over(parameter: Tensor, target: AffineEncoding, ndim: int) -> Tensor:
+    """A scale or zero point as it broadcasts over a value of rank `ndim`."""
+    return along(parameter.reshape(() if target.axis is None else (-1,)), target.axis, ndim)

@@ -11,13 +11,14 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from qgraph.graph.ignore import names_of
-from qgraph.graph.ops import OpKind, constants, is_float, kind, product
+from qgraph.graph.ops import OpKind, argument, constants, is_float, kind, product
 from qgraph.graph.tensors import weight_keys
 
 aten = torch.ops.aten
@@ -153,8 +154,7 @@ def _joined_inputs(leaf: Node) -> list[Node]:
         seen.add(node)
         if kind(node) is OpKind.CAT and isinstance(node.args[0], (list, tuple)):
             values = [v for v in node.args[0] if isinstance(v, Node)]
-            given = node.args[1] if len(node.args) > 1 else 0
-            axis = given if isinstance(given, int) else 0
+            axis: Any = argument(node, 1)
             rank = node.meta["val"].ndim
             wide = axis % rank == (rank - 1 if rank == 3 else 1)
             sizes = [v.meta["val"].shape[axis] for v in values]

@@ -139,6 +139,12 @@ def test_levels_joined_along_rows_are_looked_through_and_other_axes_do_not_join(
     assert not found.joined
     s = Sketch()
     neck = trunk(s)
+    along_batch = s.call(aten.cat.default, [s.conv(neck, 4, name="a"), s.conv(neck, 4, name="b")])
+    found = heads(s.returns(along_batch, s.conv(neck, 7, name="score")))
+    assert found.boxes == (along_batch,)
+    assert not found.joined
+    s = Sketch()
+    neck = trunk(s)
     pair = [s.conv(neck, 4, name="one"), s.conv(neck, 4, name="two")]
     equal = s.call(aten.cat.default, pair, 1)
     found = heads(s.returns(equal, s.conv(neck, 4, name="box")))
