@@ -156,6 +156,24 @@ def test_a_bias_computed_from_products_needs_no_care_for_infinities():
     assert ops(module)["masked_fill"] == ops(module)["eq"] == 0
 
 
+class Shifted(Attention):
+    """A computed bias plus a stored one that hides every key from the second query."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        extra = torch.zeros(3, 4)
+        extra[1] = float("-inf")
+        self.register_buffer("extra", extra)
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x, memory, (x @ memory.mT).unsqueeze(1) + self.extra)
+
+
+def test_a_stored_bias_with_some_infinities_is_taken_care_of():
+    module = assert_rewrites(randomize(Shifted()), inputs())
+    assert ops(module)["masked_fill"] == 1
+
+
 class Filled(Attention):
     def __init__(self, value: float) -> None:
         super().__init__()
