@@ -32,7 +32,9 @@ from qgraph.passes import ReorderChannels, UseDualRegions
 from qgraph.passes.reorder_channels import likely_range
 from tests.passes.deciding import decided, seeded
 
-WIDE = torch.tensor([1.0] * 28 + [20.0, 30.0, 60.0, 90.0])[torch.randperm(32)]
+WIDE = torch.tensor([1.0] * 28 + [20.0, 30.0, 60.0, 90.0])[
+    torch.randperm(32, generator=torch.Generator().manual_seed(0))
+]
 
 
 class Normed(nn.Module):
