@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.mutation.mutants import MUTANTS
 from tests.mutation.planting import ROOT, Change
 
 Line = dict[str, object]
@@ -27,12 +26,11 @@ class Seen(NamedTuple):
 
 
 def history(lines: Iterable[Line]) -> dict[Key, Seen]:
-    """Of the bugs by rule in a log; the named ones and runs without a bug are left out."""
-    named = {(m.file, m.old, m.new) for m in MUTANTS}
+    """Of the bugs by rule in a log: those of a draw, or shown to single tests."""
     found: dict[Key, Seen] = {}
     for line in lines:
         key = str(line["file"]), str(line["old"]), str(line["new"])
-        if line["old"] and key not in named:
+        if key in found or "draw" in line or "::" in str(line.get("tests", "")):
             why = str(line["why"])
             seen = found.get(key, Seen(why, why, line.get("draw", "earlier")))
             found[key] = seen._replace(last=why)

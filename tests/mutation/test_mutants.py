@@ -71,7 +71,7 @@ def test_a_survivor_is_planted_again_where_its_line_stands(tmp_path):
     text = (ROOT / file).read_text()
     line = next(x.strip() for x in text.splitlines() if "return" in x and text.count(x) == 1)
     log = tmp_path / "log.jsonl"
-    found = {"file": file, "old": line, "new": "pass", "why": "all tests passed"}
+    found = {"file": file, "old": line, "new": "pass", "why": "all tests passed", "draw": 1}
     others = {**found, "old": "no such line"}, {**found, "new": "known"}
     log.write_text("".join(json.dumps(each) + "\n" for each in (found, *others)))
     ((change, old, new),) = open_bugs(log, {(file, line, "known")})
