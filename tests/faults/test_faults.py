@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -140,11 +141,14 @@ def test_ctrl_c_ends_a_compilation_with_its_loader_workers():
         for line in process.stdout:
             if line == "calibrating\n":
                 break
-        os.kill(process.pid, signal.SIGINT)
-        process.stdout.read()
-        assert process.wait(timeout=60) != 0
-        assert process.stderr is not None
-        assert "KeyboardInterrupt" in process.stderr.read()
+        errors = ""
+        for _ in range(4):  # what is raised while an object is destroyed, Python drops
+            os.kill(process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                errors = process.communicate(timeout=15)[1]
+                break
+        assert process.poll() not in {None, 0}
+        assert "KeyboardInterrupt" in errors
     deadline = time.monotonic() + 20
     while _session(process.pid) and time.monotonic() < deadline:
         time.sleep(0.1)
