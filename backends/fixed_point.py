@@ -57,17 +57,15 @@ def rounding_shift(x: Tensor, shift: Tensor | int) -> Tensor:
 
 
 def rescale(x: Tensor, multiplier: Tensor, shift: Tensor) -> Tensor:
-    """``x * multiplier * 2^-shift``, rounded once; exact product for ``|x| < 2^31``.
-
-    Beyond that the low 16 bits of `x` are multiplied apart, so that nothing leaves int64.
-    """
+    """``x * multiplier * 2^-shift``, rounded once, for ``|x| <= 2^31``."""
     return rounding_shift(x.to(torch.int64) * multiplier, shift)
 
 
 def rescale_wide(x: Tensor, multiplier: Tensor, shift: Tensor) -> Tensor:
     """The same for ``|x| < 2^47``: split at 16 bits, the low product's tail is dropped.
 
-    Factors from 2^15 on have shifts below 16: what does not saturate then is short enough.
+    So nothing leaves int64. Factors from 2^15 on have shifts below 16: what does not saturate then
+    is short enough.
     """
     low = ((x & 0xFFFF) * multiplier) >> 16
     wide = rounding_shift(

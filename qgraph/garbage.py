@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Long work without walks over what was there before.
 
-Tracing and passes make a hundred thousand objects, which sets off full collections; each walks all
-that the imported libraries hold. None of that is garbage of ours, so it is left out.
+Tracing and passes make many objects, which sets off full collections; each walks all that the
+imported libraries hold. None of that is garbage of ours, so it is left out.
 """
 
 from __future__ import annotations

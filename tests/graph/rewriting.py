@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from qgraph.graph.canonicalize import canonicalize
 from qgraph.graph.drop_noops import drop_asserts
 from qgraph.graph.trace import trace
+from qgraph.graph.verify import Sample, record_values
+from tests.graph.sketch import Sketch
 
 Rewrite = Callable[[GraphModule], bool]
+Draw = Callable[[Sketch], Node]
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -87,3 +90,23 @@ def assert_rewrites(
     assert names == [node.name for node in module.graph.nodes if node.op == "placeholder"]
     assert all("val" in n.meta for n in module.graph.nodes if n.op == "call_function")
     return module
+
+
+def rewritten(draw: Draw, rewrite: Rewrite, *, changes: bool) -> Counter[str]:
+    """The ops of a drawn graph after a rewrite that keeps its function and metadata."""
+    torch.manual_seed(0)
+    s = Sketch()
+    module = s.returns(draw(s))
+    shapes = [tuple(n.meta["val"].shape) for n in module.graph.nodes if n.op == "placeholder"]
+    inputs = [torch.randn(shape) for shape in shapes]
+    before = module(*inputs)
+    assert rewrite(module) is changes
+    assert rewrite(module) is False
+    module.graph.lint()
+    module.recompile()
+    assert_close(module(*inputs), before, 1e-5)
+    values = record_values(module, Sample(tuple(inputs)))
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.name in values:
+            assert tuple(node.meta["val"].shape) == tuple(values[node.name].shape), node
+    return ops(module)

@@ -6,34 +6,17 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from qgraph.graph.fold_batch_norm import fold_batch_norm, fold_channel_affine
-from tests.graph.rewriting import ops
+from tests.graph.rewriting import Draw, rewritten
 from tests.graph.sketch import Sketch, aten
 
-Draw = Callable[[Sketch], Node]
 OUT = 6
-
-
-def folded(draw: Draw, rewrite: Callable[[GraphModule], bool], *, changes: bool) -> Counter[str]:
-    torch.manual_seed(0)
-    s = Sketch()
-    module = s.returns(draw(s))
-    shapes = [tuple(n.meta["val"].shape) for n in module.graph.nodes if n.op == "placeholder"]
-    inputs = [torch.randn(shape) for shape in shapes]
-    before = module(*inputs)
-    assert rewrite(module) is changes
-    assert rewrite(module) is False
-    module.graph.lint()
-    module.recompile()
-    torch.testing.assert_close(module(*inputs), before, rtol=1e-4, atol=1e-4)
-    return ops(module)
 
 
 def product(s: Sketch, kind: str, *, bias: bool = True) -> Node:
@@ -88,7 +71,7 @@ KINDS = ["linear", "conv1", "conv2", "conv3", "same1", "same2", "same3",
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_every_product_takes_the_norm_behind_it(kind, bias):
-    got = folded(lambda s: norm(s, product(s, kind, bias=bias)), fold_batch_norm, changes=True)
+    got = rewritten(lambda s: norm(s, product(s, kind, bias=bias)), fold_batch_norm, changes=True)
     assert sum(got.values()) == 1
     assert not got["mul"]
 
@@ -100,7 +83,7 @@ def test_norms_fold_in_every_form_with_any_parameters(form, gamma, beta):
     def draw(s: Sketch) -> Node:
         return norm(s, product(s, "conv2"), gamma=gamma, beta=beta, form=form)
 
-    assert folded(draw, fold_batch_norm, changes=True) == Counter(conv2d=1)
+    assert rewritten(draw, fold_batch_norm, changes=True) == Counter(conv2d=1)
 
 
 @pytest.mark.parametrize("form", ["plain", "native"])
@@ -151,7 +134,7 @@ def an_input(s: Sketch) -> Node:
 
 @pytest.mark.parametrize("source", [computed_weight, computed_bias, another_op, tokens, an_input])
 def test_other_norms_become_a_factor_and_a_summand_per_channel(source):
-    got = folded(lambda s: norm(s, source(s)), fold_batch_norm, changes=True)
+    got = rewritten(lambda s: norm(s, source(s)), fold_batch_norm, changes=True)
     assert (got["mul"], got["add"], got["batch_norm"]) == (1, 1, 0)
 
 
@@ -162,7 +145,7 @@ def test_weights_given_by_name_are_replaced_and_other_names_kept() -> None:
         made = s.call(aten.conv1d.default, x, weight=weight, bias=bias, padding=[1], groups=2)
         return norm(s, made)
 
-    assert folded(draw, fold_batch_norm, changes=True) == Counter(conv1d=1)
+    assert rewritten(draw, fold_batch_norm, changes=True) == Counter(conv1d=1)
 
 
 def test_a_product_that_is_also_read_elsewhere_is_not_scaled() -> None:
@@ -170,14 +153,14 @@ def test_a_product_that_is_also_read_elsewhere_is_not_scaled() -> None:
         x = product(s, "conv2")
         return s.call(aten.add.Tensor, norm(s, x), x)
 
-    assert folded(draw, fold_batch_norm, changes=True) == Counter(conv2d=1, mul=1, add=2)
+    assert rewritten(draw, fold_batch_norm, changes=True) == Counter(conv2d=1, mul=1, add=2)
 
     def affine(s: Sketch) -> Node:
         x = product(s, "conv2")
         scaled = s.call(aten.mul.Tensor, x, s.stored(torch.randn(OUT, 1, 1), "c"))
         return s.call(aten.add.Tensor, scaled, x)
 
-    assert folded(affine, fold_channel_affine, changes=False)["mul"] == 1
+    assert rewritten(affine, fold_channel_affine, changes=False)["mul"] == 1
 
 
 # the shape of a constant and whether it is one number per channel: of maps [3, 6, 5, 7]
@@ -204,7 +187,7 @@ def test_constants_fold_into_convolutions_along_axis_one_alone(shape, folds):
     def draw(s: Sketch) -> Node:
         return s.call(aten.mul.Tensor, product(s, "conv2"), s.stored(torch.randn(shape), "c"))
 
-    assert folded(draw, fold_channel_affine, changes=folds)["mul"] == (not folds)
+    assert rewritten(draw, fold_channel_affine, changes=folds)["mul"] == (not folds)
 
 
 @pytest.mark.parametrize(("shape", "folds"), ON_ROWS)
@@ -213,7 +196,7 @@ def test_constants_fold_into_linears_along_the_last_axis_alone(shape, folds):
         x = s.linear(s.input(3, 2, 4), OUT)
         return s.call(aten.add.Tensor, s.stored(torch.randn(shape), "c"), x)
 
-    assert folded(draw, fold_channel_affine, changes=folds)["add"] == (not folds)
+    assert rewritten(draw, fold_channel_affine, changes=folds)["add"] == (not folds)
 
 
 ARITHMETIC: dict[str, tuple[Any, bool, dict[str, Any], bool]] = {
@@ -237,7 +220,7 @@ def test_arithmetic_with_constants_folds_from_either_side(name, bias):
         pair = [product(s, "transposed2", bias=bias), s.stored(torch.rand(OUT, 1, 1) + 0.5, "c")]
         return s.call(target, *(pair[::-1] if swapped else pair), **options)
 
-    got = folded(draw, fold_channel_affine, changes=folds)
+    got = rewritten(draw, fold_channel_affine, changes=folds)
     assert sum(got.values()) == (1 if folds else 2)
 
 
@@ -254,7 +237,7 @@ def test_numbers_integers_and_pairs_of_constants_are_left_alone() -> None:
         return s.call(aten.add.Tensor, s.input(6), s.call(aten.mul.Tensor, *pair))
 
     for draw in (scalar, integers, constants):
-        assert folded(draw, fold_channel_affine, changes=False)["mul"] == 1
+        assert rewritten(draw, fold_channel_affine, changes=False)["mul"] == 1
 
 
 def test_constants_that_make_a_wider_type_stay() -> None:
@@ -263,8 +246,8 @@ def test_constants_that_make_a_wider_type_stay() -> None:
             aten.mul.Tensor, product(s, "conv2"), s.stored(torch.randn(shape).double(), "c")
         )
 
-    assert folded(double((OUT, 1, 1)), fold_channel_affine, changes=False)["mul"] == 1
-    assert folded(double(()), fold_channel_affine, changes=True)["mul"] == 0
+    assert rewritten(double((OUT, 1, 1)), fold_channel_affine, changes=False)["mul"] == 1
+    assert rewritten(double(()), fold_channel_affine, changes=True)["mul"] == 0
 
 
 def test_a_weight_read_twice_is_scaled_for_one_reader() -> None:
@@ -274,5 +257,5 @@ def test_a_weight_read_twice_is_scaled_for_one_reader() -> None:
         scaled = s.call(aten.mul.Tensor, first, s.stored(torch.randn(4), "c"))
         return s.call(aten.add.Tensor, scaled, second)
 
-    got = folded(draw, fold_channel_affine, changes=True)
+    got = rewritten(draw, fold_channel_affine, changes=True)
     assert got == Counter(linear=2, add=1)

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from qgraph.graph.normalize_ops import (
     only_first_result,
@@ -19,32 +18,8 @@ from qgraph.graph.normalize_ops import (
     rename_ops,
     specialise_convolutions,
 )
-from tests.graph.rewriting import ops
+from tests.graph.rewriting import Draw, rewritten
 from tests.graph.sketch import Sketch, aten
-
-Draw = Callable[[Sketch], Node]
-
-
-def rewritten(draw: Draw, rewrite: Callable[[GraphModule], bool], *, changes: bool) -> Counter[str]:
-    """Ops after a rewrite that keeps the function and says whether it did something."""
-    torch.manual_seed(0)
-    s = Sketch()
-    module = s.returns(draw(s))
-    shapes = [tuple(n.meta["val"].shape) for n in module.graph.nodes if n.op == "placeholder"]
-    inputs = [torch.randn(shape) for shape in shapes]
-    before = module(*inputs)
-    assert rewrite(module) is changes
-    assert rewrite(module) is False
-    module.graph.lint()
-    module.recompile()
-    torch.testing.assert_close(module(*inputs), before, rtol=1e-5, atol=1e-5)
-    for node in module.graph.nodes:
-        if node.op == "call_function" and isinstance(node.meta["val"], torch.Tensor):
-            assert node.meta["val"].shape is not None
-    output = module.graph.output_node().args[0]
-    assert output.meta["val"].shape == before.shape  # type: ignore[union-attr]
-    return ops(module)
-
 
 RENAMED: dict[str, tuple[Draw, str]] = {
     "view": (lambda s: s.call(aten.view.default, s.input(2, 3, 4), [6, 4]), "reshape"),
