@@ -105,9 +105,10 @@ class CompensateRounding(Pass):
         except ConfigError as error:
             context.record(self.name, node, "kept", str(error))
             return False
-        codes = found.codes.to(encoding.encode(weight[:1, :1]).dtype)
+        nearest = encoding.encode(weight)
+        codes = found.codes.to(nearest.dtype)
         judged = rough[held], exact[held] @ weight.T, power[held]
-        before = _error(encoding, encoding.encode(weight), *judged)
+        before = _error(encoding, nearest, *judged)
         after = _error(encoding, codes, *judged)
         numbers = {"before": before, "after": after, "rows": float(rows.shape[0])}
         if not after < before:

@@ -88,15 +88,15 @@ class TuneRanges(Pass):
         return twin
 
     def _tune(self, network: WholeNetwork, context: Context) -> bool:
-        module, size = network.module, GUARD_BATCH if network.stream.batching.dynamic else 1
+        module = network.module
+        size, batch = (GUARD_BATCH, self.batch) if network.stream.batching.dynamic else (1, 1)
         train, guard = split(network.stream, context.seed)
         guard = guard if any(guard) else train
         before = network.mean_loss(extract(module, network.inputs, network.made), guard, size)
         learned = network.learned(train, size)
         schedule = Schedule(
-            self.steps, self.batch if size > 1 else 1, self.step_lr, self.table_lr, self.bias_lr,
-            self.scale_lr,
-        )  # fmt: skip
+            self.steps, batch, self.step_lr, self.table_lr, self.bias_lr, self.scale_lr
+        )
 
         def tick(step: int) -> None:
             if step % 10 == 0:

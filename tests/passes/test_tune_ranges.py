@@ -13,14 +13,13 @@ from qgraph.calibration import global_tuning
 from qgraph.calibration.filtered_loss import TeacherStudent
 from qgraph.context import Context
 from qgraph.errors import ConfigError
+from qgraph.formats import AffineEncoding, IntGrid
+from qgraph.graph.dialect import is_quantize
 from qgraph.graph.trace import trace
 from qgraph.graph.verify import Sample
-from qgraph.passes import (
-    TuneRanges,
-    tune_ranges,
-)
+from qgraph.passes import InsertQuantizers, TuneRanges, tune_ranges
 from qgraph.passes.tune_ranges import adopt
-from tests.passes.by_hand import normal
+from tests.passes.by_hand import Hand, normal
 
 
 class Network:
@@ -115,15 +114,36 @@ def test_tuning_uses_the_users_adapter_and_does_nothing_without_an_objective(mon
     assert [d.outcome for d in context.decisions] == ["kept"]
 
 
+def test_the_teacher_is_the_kept_float_network_or_the_graph_without_its_quantizers():
+    values = normal(2, 4)
+    hand = Hand()
+    node = hand.linear(hand.given("x", values), normal(3, 4, seed=1), name="fc")
+    hand.data_site(node).decide(AffineEncoding.per_tensor(0.5, 3, IntGrid(4, signed=False)), "test")
+    module, context, _ = hand.run(InsertQuantizers())
+    exact = values @ normal(3, 4, seed=1).T
+    assert not torch.allclose(module(values), exact)
+    twin = TuneRanges()._teacher(module, context)
+    assert torch.allclose(twin(values), exact)
+    assert any(is_quantize(n) for n in module.graph.nodes)
+    kept = trace(torch.nn.ReLU().eval(), values)
+    context.reference = kept
+    assert TuneRanges()._teacher(module, context) is kept
+
+
 def test_a_changed_copy_is_taken_over_with_its_new_tensors():
     module, changed = (trace(torch.nn.Linear(4, 3).eval(), normal(2, 4)) for _ in range(2))
     kept = module.get_parameter("weight")
     wanted = changed(normal(2, 4))
     changed.register_buffer("fresh", torch.ones(2))
+    changed.add_module("inner", torch.nn.BatchNorm1d(3))
+    for holder, value in ((module, 1.0), (changed, 2.0)):
+        holder.register_buffer("known", torch.tensor(value))
     count = len(changed.graph.nodes)
     adopt(module, changed)
     assert torch.equal(module.get_buffer("fresh"), torch.ones(2))
     assert module.get_parameter("weight") is kept
+    assert float(module.get_buffer("known")) == 1.0
+    assert not hasattr(module, "inner")
     assert len(module.graph.nodes) == count
     assert not torch.equal(module(normal(2, 4)), wanted)
 

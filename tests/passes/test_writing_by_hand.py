@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qgraph.calibration.ranks import Ranks
 from qgraph.context import Context
 from qgraph.errors import PassError
 from qgraph.formats import AffineEncoding, IntGrid, LevelEncoding
@@ -298,3 +300,33 @@ def test_calibration_asks_every_pass_of_the_pipeline_and_stops_where_it_is_told(
         assert context.num_batches == (5 if most is None else most)
         assert context.reference is not None
         monkeypatch.setattr(calibrate, "collect", real)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2, 3])
+def test_every_process_sweeps_its_share_and_only_the_first_must_have_a_batch(rank, monkeypatch):
+    module = trace(torch.nn.Linear(4, 3).eval(), normal(2, 4))
+    counts = [3, 2, 2, 0]
+    merged: Any = []
+    seen: dict[str, Any] = {}
+
+    class Here(Ranks):
+        def gather(self, text: str, what: str) -> list[str]:
+            assert what
+            return [text if at == rank else str(count) for at, count in enumerate(counts)]
+
+    def collect(_module: Any, batches: Any, _statistics: Any, **options: Any) -> int:
+        seen.update(options, batches=list(batches))
+        return counts[rank]
+
+    monkeypatch.setattr(Here, "here", classmethod(lambda cls: cls(rank, 4)))
+    monkeypatch.setattr(Here, "together", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(calibrate, "Ranks", Here)
+    monkeypatch.setattr(calibrate, "collect", collect)
+    monkeypatch.setattr(calibrate, "all_reduce", merged.append)
+    context = Context(Sample((normal(2, 4),)), list(range(9)))
+    Calibrate(max_batches=7).run(module, context)
+    assert seen["batches"] == list(range(rank, 9, 4))
+    assert seen["max_batches"] == len(range(rank, 7, 4))
+    assert seen["allow_empty"] is (rank > 0)
+    assert merged == [context.statistics]
+    assert context.num_batches == sum(counts)
