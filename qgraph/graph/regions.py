@@ -9,6 +9,7 @@ them in turn is running the graph.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -55,6 +56,7 @@ class _Order:
 
     def __init__(self, module: GraphModule, starts: frozenset[str] | None) -> None:
         nodes = list(module.graph.nodes)
+        self.place = {node: i for i, node in enumerate(nodes)}
         self.fixed = constants(nodes)
         self.calls = [
             n for n in nodes if n.op not in {"placeholder", "get_attr", "output"}
@@ -181,7 +183,7 @@ Span = tuple[int, int]
 def _spans(ends: Sequence[int], length: int) -> list[Span]:
     """Half-open intervals that end behind the given positions."""
     stops = sorted({*(e + 1 for e in ends), length})
-    return [(a, b) for a, b in zip([0, *stops[:-1]], stops, strict=True) if b > a]
+    return list(itertools.pairwise([0, *stops]))
 
 
 def _by_layer(order: _Order) -> list[Span]:
@@ -281,7 +283,7 @@ def _split(order: _Order, span: Span, max_products: int) -> list[Span]:
         return [span]
     best = [span]
     for width in WIDER:
-        ends = [i for i in _cuts(order, width) if span[0] <= i < span[1] - 1]
+        ends = [i for i in _cuts(order, width) if span[0] <= i < span[1]]
         inner = _absorb(order, [
             (a + span[0], b + span[0])
             for a, b in _spans([e - span[0] for e in ends], span[1] - span[0])
@@ -331,7 +333,7 @@ def _region(order: _Order, span: Span) -> Region:
     members = set(inside)
     read = {i for n in inside for i in n.all_input_nodes if i not in members}
     inputs = [n for n in read if n not in order.fixed and not is_size(n)]
-    inputs.sort(key=lambda n: (n.op != "placeholder", order.at.get(n, -1), n.name))
+    inputs.sort(key=lambda n: order.place[n])
     outputs = [n for n in inside if is_tensor(n) and any(u not in members for u in n.users)]
     weights = [n.name for n in order.weights if n in members]
     paths = [module_path(order.calls[order.at[w]]) for w in order.weights if w in members]

@@ -243,7 +243,7 @@ class _Replay:
         """Labels of the two operands of an elementwise op, broadcast; 0 where there are none."""
         shape = [concrete(s) for s in node.meta["val"].shape]
         pair = []
-        for operand in node.args[:2]:
+        for operand in node.args:
             labels = self.labels.get(operand) if isinstance(operand, Node) else None
             pair.append(
                 labels.expand(shape)
@@ -309,7 +309,7 @@ class _Replay:
             return self._linear(node, labelled)
         if kind(node) is not OpKind.MATMUL:
             return self._pin(node, labelled, f"read by {_name(node)}")
-        left, right = node.args[:2]
+        left, right = node.args
         for operand in labelled:
             self.found.values[operand] = compact(_tensor(self.labels[operand]))
         if len({*labelled}) == 2 or left is right:
@@ -333,8 +333,7 @@ class _Replay:
         labels = self.classes.unite_along(labels, -2 if on_right else -1, reason)
         labels = labels.transpose(-2, -1)  # as the table: [..., D, 1] or [..., 1, D]
         shape = [1] * (labels.ndim - table.meta["val"].ndim) + list(table.meta["val"].shape)
-        if len(shape) > labels.ndim:
-            labels = labels.view(*[1] * (len(shape) - labels.ndim), *labels.shape)
+        labels = labels.view(*[1] * (len(shape) - labels.ndim), *labels.shape)
         for axis in range(labels.ndim - 2):
             if shape[axis] == 1:
                 labels = self.classes.unite_along(labels, axis, reason)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections.abc import Callable
@@ -106,6 +107,20 @@ def mask(s: Sketch) -> Node:
     return s.stored(torch.tensor([[True], [False], [True]]), "mask")
 
 
+def fixed(s: Sketch) -> Node:
+    return s.stored(torch.tensor([[0.5, 2.0]]), "fixed")
+
+
+def heads_scored(s: Sketch, q: Node, k: Node) -> Node:
+    both = s.call(aten.stack.default, [q, k], 0)
+    return s.call(aten.matmul.default, both, turned(s, both))
+
+
+def all_added(s: Sketch, *values: Node) -> Node:
+    total = functools.reduce(lambda a, b: s.call(aten.add.Tensor, a, b), values)
+    return s.call(aten.abs.default, total)
+
+
 EXACT: dict[str, Draw] = {
     "scores": scores,
     "scores of odd functions": before(number(aten.tanh.default)),
@@ -154,7 +169,30 @@ EXACT: dict[str, Draw] = {
     ),
     "tokens against tokens": lambda s, q, k: s.call(aten.matmul.default, turned(s, q), k),
     "softmax of itself": lambda s, q, k: s.call(aten.softmax.int, q, -1),
-}
+    "scores of first powers": before(number(aten.pow.Tensor_Scalar, 1)),
+    "scores of tokens in a stored order": before(
+        lambda s, x: s.call(aten.index_select.default, x, 1, s.stored(torch.tensor([2, 0]), "at"))
+    ),
+    "scores of channels in a stored order": before(
+        lambda s, x: s.call(aten.index_select.default, x, -1, s.stored(torch.tensor([1, 0]), "at"))
+    ),
+    "scores beside channels of no row": before(
+        lambda s, x: s.call(aten.cat.default, [x, s.stored(torch.ones(2, 3, 1), "one")], -1)
+    ),
+    "scores of heads": heads_scored,
+    "a sum with a stored value behind": lambda s, q, k: all_added(s, q, fixed(s), k),
+    "a sum with a stored value in front": lambda s, q, k: all_added(s, fixed(s), q, k),
+    "a factor in front of a sum": lambda s, q, k: all_added(
+        s, s.call(aten.mul.Tensor, fixed(s), q), k
+    ),
+    "a factor behind in a sum": lambda s, q, k: all_added(
+        s, s.call(aten.mul.Tensor, q, fixed(s)), k
+    ),
+    "a convolution in a sum": lambda s, q, k: all_added(
+        s, s.call(aten.conv1d.default, q, s.stored(torch.ones(4, 3, 1), "conv")),
+        s.stored(torch.ones(4, 2), "four"),
+    ),
+}  # fmt: skip
 # where less is promised than is true: "filled with one" pins its rows, which `abs` would not need
 MODEST = {"rows filled with one", "tokens against tokens", "scores of complex halves"}
 
@@ -183,6 +221,11 @@ WHY: dict[str, tuple[Draw, str]] = {
     "divisor": (before(lambda s, x: s.call(aten.div.Tensor, s.stored(torch.ones(2)), x)),
                 "divides another value"),
     "power": (before(number(aten.pow.Tensor_Scalar, 0.5)), "neither odd nor even"),
+    "zeroth power": (before(number(aten.pow.Tensor_Scalar, 0)), "neither odd nor even"),
+    "weight": (
+        lambda s, q, k: s.call(aten.linear.default, k, s.call(aten.select.int, q, 0, 1)),
+        "read by linear",
+    ),
     "negative power": (before(number(aten.pow.Tensor_Scalar, -2)), "neither odd nor even"),
     "activations": (
         lambda s, q, k: scores(s, q, s.call(aten.relu.default, s.call(aten.abs.default, k))),
@@ -233,6 +276,11 @@ TABLES: dict[str, tuple[Draw, int, int, list[int]]] = {
     "on the left": (table_on_the_left, -1, 0, [1, 2]),
     "on the left, square": (lambda s, q, k: s.call(
         aten.matmul.default, s.stored(torch.randn(2, 2)), turned(s, q)), -1, 0, [1, 2]),
+    "of more axes than the value": (lambda s, q, k: s.call(
+        aten.matmul.default, q, s.stored(torch.randn(5, 1, 2, 4))), -2, 1, [1, 1, 2, 1]),
+    "of more axes on the left": (lambda s, q, k: s.call(
+        aten.matmul.default, s.stored(torch.randn(5, 1, 4, 2)), turned(s, q)), -1, 0,
+        [1, 1, 1, 2]),
     "per row": (table_per_row, -2, 1, [1, 2, 1]),
     "of another linear": (next_linear, -1, 1, [1, 2]),
 }  # fmt: skip
@@ -269,6 +317,33 @@ def test_a_table_shared_by_heads_makes_their_rows_agree() -> None:
     assert [labels.classes.find(v) for v in range(1, 5)] == [1, 2, 3, 4]
     assert labels.compensations[0].labels.flatten().tolist() == [1, 2, 3, 4]
     assert own is not module
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_linear_that_reads_several_heads_makes_their_rows_agree(axis):
+    def heads(s: Sketch, q: Node, k: Node) -> Node:
+        return s.linear(s.call(aten.stack.default, [q, k], axis), 6, name="o")
+
+    _, labels = drawn(heads)
+    assert [labels.classes.find(v) for v in range(1, 5)] == [1, 2, 1, 2]
+    (item,) = labels.compensations
+    assert (item.edge.path, item.axis, item.labels.tolist()) == ((1,), -1, [[1, 2]])
+    assert [labels.classes.reason(v) for v in range(1, 5)] == [None] * 4
+
+
+def test_what_is_moved_by_an_input_is_pinned_and_computed_weights_are_no_source() -> None:
+    s = Sketch()
+    x, at = s.input(2, 3, 5), s.input(2, name="at", dtype=torch.int64)
+    q = s.linear(x, 2, name="q")
+    moved = s.call(aten.index_select.default, q, 1, at)
+    weight = s.call(aten.neg.default, s.stored(torch.ones(4, 5), "w"))
+    other = s.call(aten.linear.default, x, weight)
+    module = s.returns(s.call(aten.abs.default, moved), other)
+    labels = label_rows(module, [q])
+    said = [labels.classes.reason(v) for v in (1, 2)]
+    assert all("moved by indices that depend on the input" in (r or "") for r in said)
+    assert not is_source(other)
+    assert labels.sources == [q]
 
 
 def test_one_weight_read_twice_is_the_same_rows_and_convolutions_label_axis_one() -> None:
