@@ -117,13 +117,13 @@ def _matmul_scale(node: Node, levels: Levels, position: int, contracted: int) ->
         return levels.scale, ""
     from_end = levels.axis - ndim
     if from_end == contracted:
-        return (levels.scale[:1].reshape(()), "") if position == 0 else (
-            levels.scale[:1].reshape(()), "scales of the right operand lie along the contraction",
-        )  # fmt: skip
+        why = "" if position == 0 else "scales of the right operand lie along the contraction"
+        return _common_scale(levels), why
     return along(levels.scale, out + from_end, out), ""
 
 
 def _common_scale(data: Levels) -> Tensor:
+    """The smallest scale; the levels of channels with a larger one are shifted up to it."""
     return data.scale if data.axis is None else data.scale.min()
 
 

@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 from qgraph.backends.arithmetic import OPEN, Clamp, combine_partials, materialize, requantize
 from qgraph.backends.calling import flat_inputs, structured_outputs
 from qgraph.backends.elementary import is_elementary
-from qgraph.backends.products import ProductForm, shifted_weight
+from qgraph.backends.products import ProductForm
 from qgraph.backends.semantics import Role, Semantics, analyze
 from qgraph.backends.tables import chain_table, lookup
 from qgraph.formats import AffineEncoding
@@ -56,11 +56,8 @@ def exact_product(form: ProductForm, data: Tensor, weight: Tensor) -> Tensor:
     """The exact accumulator of a product of int32 levels, bias codes included."""
     dtype = form.exact_dtype
     if form.shift is not None:
-        if form.weight_levels is not None:
-            weight = shifted_weight(form.node, weight, form.shift)
-        else:
-            axis = form.what.data_axis % data.ndim
-            data = data.to(torch.int64) << along(form.shift, axis, data.ndim)
+        axis = form.what.data_axis % data.ndim
+        data = data.to(torch.int64) << along(form.shift, axis, data.ndim)
     accumulator = form.call(data.to(dtype), weight.to(dtype))
     if form.bias_codes is not None:
         bias = form.bias_codes.to(dtype)

@@ -348,3 +348,9 @@ def group_choices(emitter: Emitter, form: ProductForm) -> list[KernelChoice]:
         choice = None if why != "grouped" else _u8(emitter, form, data, weight)
         choices.append(choice or _static_float(emitter, form, data, weight, why))
     return choices
+
+
+def of_groups(choices: list[KernelChoice]) -> KernelChoice:
+    """What reports say of a product by groups: each kernel, each reason once."""
+    kernels, reasons = ({getattr(c, name): None for c in choices} for name in ("kernel", "reason"))
+    return KernelChoice(choices[0].accumulator, ", ".join(kernels), "; ".join(reasons))

@@ -247,11 +247,11 @@ class Emitter(QuantizerEmission):
 
     def _partials(self, form: ProductForm) -> Node:
         """One float32 or float64 product per channel group; see `combine_partials`."""
-        from qgraph.backends.integer.choice import group_choices
+        from qgraph.backends.integer.choice import group_choices, of_groups
 
         total: Node | None = None
         choices = group_choices(self, form)
-        self.choices[form.node] = choices[0]
+        self.choices[form.node] = of_groups(choices)
         for choice, scale in zip(choices, form.group_scales, strict=True):
             part = self.call(aten.mul.Tensor, choice.accumulator, self.buffer("group_scale", scale))
             total = part if total is None else self.call(aten.add.Tensor, total, part)

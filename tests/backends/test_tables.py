@@ -21,3 +21,13 @@ def test_each_code_finds_its_own_entry(signed: bool, bits: int) -> None:
     assert torch.equal(lookup(every * 3, every, levels), every * 3)
     narrow = every.to(torch.int8 if signed else torch.uint8)
     assert torch.equal(lookup(every * 3, narrow, levels), every * 3)
+
+
+@pytest.mark.parametrize("ends", [(-127, 127), (3, 100), (-100, 20), (-7, 0), (-2, 30)])
+def test_codes_of_lopsided_ranges_find_their_own_entries(ends: tuple[int, int]) -> None:
+    zero = torch.tensor(ends[0] + 1)
+    encoding = AffineEncoding(scale=torch.tensor(0.5), zero_point=zero, qmin=ends[0], qmax=ends[1])
+    levels = Levels(encoding, None)
+    every = all_codes(levels)
+    assert every.tolist() == list(range(ends[0], ends[1] + 1))
+    assert lookup(every * 3, every, levels).tolist() == [3 * c for c in every.tolist()]
