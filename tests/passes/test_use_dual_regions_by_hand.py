@@ -137,6 +137,22 @@ def test_where_affine_is_good_enough_it_stays():
         assert line.reason.startswith("affine keeps") is (outcome == "kept")
 
 
+@pytest.mark.parametrize(
+    ("loss", "outcome"),
+    [(10**-2.0, "kept"), (math.nextafter(10**-2.0, 1.0), "applied"), (10**-3.0, "kept")],
+)
+def test_twenty_decibels_that_were_asked_for_are_enough_and_a_little_less_is_not(
+    loss, outcome, monkeypatch
+):
+    monkeypatch.setattr(
+        use_dual_regions, "linear_score",
+        lambda *_: lambda encoding: loss if isinstance(encoding, AffineEncoding) else 1e-9,
+    )  # fmt: skip
+    (line,) = told(activated()[0].run(UseDualRegions(enough_db=20.0))[1], NAME)
+    assert line.outcome == outcome
+    assert line.numbers["gain_db"] == pytest.approx(decibels(loss, 1e-9))
+
+
 @pytest.mark.parametrize("skip", [("fc",), ("other",), ("*",)])
 def test_one_reader_that_is_to_be_left_alone_is_enough(skip):
     _, context, _ = activated()[0].run(UseDualRegions(skip=skip, force=("*",)))
