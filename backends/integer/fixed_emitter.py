@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 from qgraph.backends import fixed_point as fixed
 from qgraph.backends.arithmetic import code_limits
 from qgraph.backends.bounds import INT32_LIMIT
+from qgraph.backends.integer.choice import of_groups
 from qgraph.backends.integer.emitter import Emitter
 from qgraph.backends.integer.fixed_kernels import choose_fixed
 from qgraph.backends.integer.fixed_ops import LOWERINGS
@@ -264,15 +265,16 @@ class FixedEmitter(Emitter):
     def _partials(self, form: ProductForm) -> Node:
         assert form.weight_levels is not None
         axis = contraction_axis_of_weight(form.node, form.weight_levels.ndim)
+        choices: list[KernelChoice] = []
         total: Node | None = None
         for indices, scale in zip(form.groups, form.group_scales, strict=True):
             mask = torch.zeros(form.weight_levels.shape[axis], dtype=torch.int32)
             mask = along(mask.index_fill_(0, indices, 1), axis, form.weight_levels.ndim)
-            choice = choose_fixed(self, form, mask)
-            self.choices.setdefault(form.node, choice)
-            part = self._rescaled(choice.accumulator, scale, form.bound)
+            choices.append(choose_fixed(self, form, mask))
+            part = self._rescaled(choices[-1].accumulator, scale, form.bound)
             total = part if total is None else self.call(aten.add.Tensor, total, part)
         assert total is not None
+        self.choices[form.node] = of_groups(choices)
         return total
 
     def _is_joined(self, source: Node, target: Encoding) -> bool:

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from qgraph.backends import integer, reference
 from qgraph.backends.integer.choice import _channel_slices
+from qgraph.backends.integer.kernels import has_exact_u8_kernels
 from qgraph.formats import AffineEncoding
 from tests.backends.exact import coded, drawn, product_of, row_of
 
 aten = torch.ops.aten
+needs_kernels = pytest.mark.skipif(not has_exact_u8_kernels(), reason="no exact int8 kernels here")
 TOP = 2**24
 SCALES = torch.tensor([0.25, 0.011, 0.25, 1.7, 0.011])
 
@@ -33,6 +35,7 @@ KERNELS = [
 ]
 
 
+@needs_kernels
 @pytest.mark.parametrize("zero", [0, 5])
 @pytest.mark.parametrize(("large", "kernel", "reason"), KERNELS)
 def test_every_kernel_of_a_product_by_groups_is_told_once(large, kernel, reason, zero) -> None:
