@@ -120,14 +120,9 @@ def head_channels(labels: Tensor, channel_axis: int) -> Tensor:
     """Labels [H, D] of an operand's compact labels; heads merged into the batch are taken apart."""
     moved = labels.movedim(channel_axis, -1).reshape(-1, labels.shape[channel_axis])
     rows = moved.to(torch.int64)
-    distinct, first = {}, []
-    for position, row in enumerate(rows.tolist()):
-        if tuple(row) not in distinct:
-            distinct[tuple(row)] = position
-            first.append(position)
-    period = len(first)
-    grouped = rows.shape[0] % period == 0 and first == list(range(period))
-    merged = grouped and bool((rows.view(-1, period, rows.shape[1]) == rows[:period]).all())
+    period = len(set(map(tuple, rows.tolist())))
+    whole = rows.shape[0] % period == 0
+    merged = whole and bool((rows.view(-1, period, rows.shape[1]) == rows[:period]).all())
     return rows[:period] if merged else rows
 
 
@@ -143,7 +138,7 @@ def _mapped(site: AttentionSite, labels: RowLabels) -> MappedAttention:
 
 def _refusal(site: AttentionSite, labels: RowLabels, query: Tensor, key: Tensor) -> str:
     for name, rows, operand in (("key", key, site.key), ("query", query, site.query)):
-        if not rows.numel() or not bool(rows.any()):
+        if not bool(rows.any()):
             return _unlabelled(name, operand, labels)
     if bool(labels.classes.free(key).any()):
         return ""

@@ -23,6 +23,7 @@ from qgraph.errors import PassError
 from qgraph.formats import AffineEncoding, Encoding, LevelEncoding, code_dtype
 from qgraph.formats.affine import affine_decode, affine_encode
 from qgraph.formats.levels import levels_decode, levels_encode, rank_dtype
+from qgraph.graph.ops import argument
 
 _AFFINE = "Tensor scale, Tensor zero_point, int qmin, int qmax, int? axis=None, int? block=None"
 _LEVELS = "Tensor scale, Tensor levels, Tensor thresholds, str format, int bits, int? axis=None"
@@ -140,7 +141,7 @@ def result_dtype(node: Node) -> torch.dtype | None:
     if node.target in DEQUANTIZERS:
         return torch.float32
     if node.target is QUANTIZE:
-        return code_dtype(*node.args[3:5])  # type: ignore[arg-type]
+        return code_dtype(argument(node, 3), argument(node, 4))  # type: ignore[arg-type]
     return None
 
 
