@@ -112,7 +112,7 @@ def grouped_encoding(
     low, high = low.double().clamp(max=0.0) * clip, high.double().clamp(min=0.0) * clip
     grid = IntGrid(bits, signed=not zero_points)
     width = high - low if zero_points else 2 * torch.maximum(high, -low)
-    steps = grid.qmax - grid.qmin if zero_points else 2 * grid.qmax
+    steps = grid.qmax if zero_points else 2 * grid.qmax
     widest = torch.zeros(int(group.max()) + 1, dtype=torch.float64)
     widest = widest.scatter_reduce(0, group, width, "amax").clamp(min=SMALLEST_WIDTH)
     top = float((widest.max() / steps).float())

@@ -59,7 +59,7 @@ def random_network(seed: int) -> GraphModule:
             point = s.call(aten.adaptive_avg_pool2d.default, x, [1, 1])
             factor = s.call(aten.sigmoid.default, s.conv(point, 4, 1, name=name))
             target = draw.choice([aten.add.Tensor, aten.mul.Tensor])
-            values.append(s.call(target, of_size(x), factor))
+            values.append(s.call(target, draw.choice(values), factor))
         else:
             values.append(s.call(aten.relu.default, s.conv(x, 4, name=name)))
     return s.returns(*[v for v in values if not v.users])

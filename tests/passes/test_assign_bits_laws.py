@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -230,3 +231,37 @@ def test_options_are_checked_right_at_their_limits(options, fine):
     else:
         with pytest.raises(ConfigError):
             AssignBits(**options)
+
+
+@pytest.mark.parametrize("met_at", [1, 2, 5, 12, 13])
+def test_what_was_overrun_is_tightened_by_half_of_it_twelve_times_at_most(met_at, monkeypatch):
+    given_limits: list[dict[str, float]] = []
+    real = [{"size": 130.0 - n, "bops": 40.0, "activations": 60.0} for n in range(20)]
+    real[met_at - 1]["size"] = 100.0
+    costs = [{"size": 90.0 - 3 * n, "bops": 40.0, "activations": 50.0} for n in range(20)]
+
+    def solve(problem: Any, *, mode: str) -> Any:
+        given_limits.append(dict(problem.budgets))
+        assert mode == "greedy"
+        return SimpleNamespace(costs=costs[len(given_limits) - 1])
+
+    monkeypatch.setattr(assign_bits, "solve", solve)
+    monkeypatch.setattr(
+        assign_bits, "problem_of", lambda *_, **__: SimpleNamespace(groups=(), budgets={})
+    )
+    monkeypatch.setattr(AssignBits, "_count", lambda *_: real[len(given_limits) - 1])
+    limits = {"size": 100.0, "activations": 70.0}
+    item = AssignBits(mode="greedy")
+    module, context = fresh("unet")
+    solved = lambda: item._solve(module, context, Any, {}, limits)  # type: ignore[arg-type]  # noqa: E731
+    if met_at <= 12:
+        assert solved().costs is costs[met_at - 1]
+    else:
+        with pytest.raises(BudgetInfeasibleError) as caught:
+            solved()
+        assert (caught.value.resource, caught.value.best_possible) == ("size", real[11]["size"])
+    wanted = [100.0]
+    for at in range(min(met_at, 12) - 1):
+        wanted.append(min(wanted[-1], costs[at]["size"]) - (real[at]["size"] - 100.0) / 2)
+    assert [each["size"] for each in given_limits] == wanted
+    assert {each["activations"] for each in given_limits} == {70.0}
