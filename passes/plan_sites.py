@@ -97,9 +97,10 @@ class PlanSites(Pass):
         return False
 
     def _sites(self, node: Node, fixed: set[Node], is_end: bool) -> list[Site]:
-        floor = self.ends_bits if is_end else 0
-        weight_bits = max(self.weight_bits, floor)
-        activation_bits = max(self.activation_bits, floor)
+        weight_bits, activation_bits = self.weight_bits, self.activation_bits
+        if is_end:
+            weight_bits = max(weight_bits, self.ends_bits)
+            activation_bits = max(activation_bits, self.ends_bits)
         item, what = kind(node), product(node)
         if item is OpKind.EMBEDDING:
             by_row = self.table_bits < 8
