@@ -7,7 +7,7 @@ A size of 1 would silently specialise, so a sample of batch 1 is doubled before 
 from __future__ import annotations
 
 import inspect
-from collections import Counter
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +40,7 @@ class Sample:
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """The most frequent leading size of the tensor inputs, the earlier one on a tie."""
     sizes = [t.shape[0] for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim]
-    return Counter(sizes).most_common(1)[0][0] if sizes else None
+    return statistics.mode(sizes) if sizes else None
 
 
 def default_sample(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sample:

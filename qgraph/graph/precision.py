@@ -26,7 +26,7 @@ def float_dtype(model: nn.Module) -> torch.dtype:
     for tensor in chain(model.parameters(), model.buffers()):
         if tensor.is_floating_point():
             counts[tensor.dtype] += tensor.numel()
-    return counts.most_common(1)[0][0] if counts else torch.float32
+    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
 
 
 def needs_cast(model: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import torch
 from torch.fx import Node
 
 FRAME = re.compile(r'File "([^"]+)", line (\d+), in ([^\n]+)\n[ \t]*([^\n]*)')
-_TORCH = str(Path(torch.__file__).parent)
-_QGRAPH = str(Path(__file__).parents[1])
+_TORCH = str(Path(torch.__file__).parent) + os.sep  # torchvision's folder begins alike
+_QGRAPH = str(Path(__file__).parents[1]) + os.sep
 
 
 def module_path(node: Node) -> str:

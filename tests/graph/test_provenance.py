@@ -60,7 +60,9 @@ def frame(file: str, line: int, function: str, code: str) -> str:
     [
         ("/home/me/model.py", True), (f"{TORCH}/nn/modules/linear.py", False),
         (f"{QGRAPH}/graph/trace.py", False), ("<eval_with_key>.1", False), ("<string>", False),
-        ("model.py", True), ("/elsewhere/torch.py", True),
+        (f"{TORCH}vision/models/resnet.py", True), (f"{QGRAPH}_nets/net.py", True),
+        (str(Path(QGRAPH).parent / "net.py"), True), ("model.py", True),
+        ("/elsewhere/torch.py", True),
     ],
 )  # fmt: skip
 def test_files_of_torch_and_of_the_toolkit_are_not_the_users(file, own):
