@@ -152,8 +152,8 @@ def _joined_inputs(leaf: Node) -> list[Node]:
         if node in seen or product(node) is not None:
             continue
         seen.add(node)
-        if kind(node) is OpKind.CAT and isinstance(node.args[0], (list, tuple)):
-            values = [v for v in node.args[0] if isinstance(v, Node)]
+        if kind(node) is OpKind.CAT:
+            values = node.all_input_nodes
             axis: Any = argument(node, 1)
             rank = node.meta["val"].ndim
             wide = axis % rank == (rank - 1 if rank == 3 else 1)
@@ -198,10 +198,10 @@ def _named(nodes: Iterable[Node], globs: Globs) -> list[Node]:
 
 
 def _width(node: Node) -> int:
-    """Numbers per row or location: the last axis of rows, the channels of a map."""
+    """Numbers per row or location: the last axis of rows, the channels of a map; 1 if unknown."""
     shape = node.meta["val"].shape
-    size = shape[1] if len(shape) == 4 else shape[-1] if len(shape) else 1
-    return size if isinstance(size, int) else 0
+    size = shape[1] if len(shape) == 4 else shape[-1] if len(shape) else None
+    return size if isinstance(size, int) else 1
 
 
 def _is_box(node: Node) -> bool:

@@ -354,3 +354,29 @@ def test_wrong_options_are_refused():
         ChooseRanges(method=method)
     for part in ("head", "regression", "all"):
         UseLogAffine(part=part, decoder="shift")
+
+
+@pytest.mark.parametrize(
+    ("part", "treated"),
+    [("all", {"box", "tower", "stem"}), ("head", {"box", "tower"}), ("regression", {"box"})],
+)
+def test_only_weights_of_the_part_are_fitted_and_globs_name_what_it_is(part, treated, monkeypatch):
+    hand = Hand()
+    x = hand.given("x", normal(2, 64))
+    nodes = {name: hand.linear(x, normal(5, 64).pow(3), name=name) for name in
+             ("stem", "tower", "box")}  # fmt: skip
+    sites = {name: hand.weight_site(node) for name, node in nodes.items()}
+    given: Any = []
+
+    class Heads:
+        head = frozenset({nodes["tower"], nodes["box"]})
+        regression = frozenset({nodes["box"]})
+
+    monkeypatch.setattr(
+        use_log_affine, "find_heads", lambda *_, **globs: (given.append(globs), Heads)[1]
+    )
+    globs: Any = {"boxes": ("b*",), "classes": ("c",), "head": ("h",)}
+    _, context, _ = hand.run(UseLogAffine(part=part, min_gain_db=-math.inf, **globs))
+    assert {name for name, site in sites.items() if site.encoding is not None} == treated
+    assert given == ([] if part == "all" else [globs])
+    assert {d.outcome for d in told(context, "use-log-affine")} == {"applied"}
