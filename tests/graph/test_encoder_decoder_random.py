@@ -18,6 +18,16 @@ from tests.graph.sketch import Sketch, aten
 MERGES = {OpKind.ADD, OpKind.CAT, OpKind.MUL}
 
 
+def through(draw: random.Random, s: Sketch, x: Node, other: Node) -> Node:
+    """Nothing, a function, a sum or a convolution on the way to a gate."""
+    between = draw.choice(["", "exp", "add", "conv"])
+    if between == "exp":
+        return s.call(aten.exp.default, x)
+    if between == "add":
+        return s.call(aten.add.Tensor, x, other)
+    return s.conv(x, 4, name=f"more{len(s.graph.nodes)}") if between == "conv" else x
+
+
 def random_network(seed: int) -> GraphModule:
     """Convolutions, resizing, gates and merges of values of one size; all leaves are outputs."""
     draw, s = random.Random(seed), Sketch()
@@ -51,10 +61,9 @@ def random_network(seed: int) -> GraphModule:
         elif what == "cat":
             values.append(s.conv(s.call(aten.cat.default, [of_size(x), x], 1), 4, name=name))
         elif what == "gate":
-            open_ = s.call(
-                draw.choice([aten.sigmoid.default, aten.relu.default]), s.conv(x, 4, name=name)
-            )
-            values.append(s.call(aten.mul.Tensor, of_size(x), open_))
+            way = through(draw, s, s.conv(x, 4, name=name), of_size(x))
+            function = draw.choice([aten.sigmoid.default, aten.sigmoid.default, aten.relu.default])
+            values.append(s.call(aten.mul.Tensor, of_size(x), s.call(function, way)))
         elif what == "se":
             point = s.call(aten.adaptive_avg_pool2d.default, x, [1, 1])
             factor = s.call(aten.sigmoid.default, s.conv(point, 4, 1, name=name))
