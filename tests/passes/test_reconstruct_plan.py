@@ -16,7 +16,7 @@ from qgraph.calibration.region_problem import Outcome
 from qgraph.calibration.streams import ROW_MASK
 from qgraph.errors import ConfigError
 from qgraph.graph.build import shallow_copy
-from qgraph.graph.dialect import is_quantize
+from qgraph.graph.dialect import encoding_of, is_quantize
 from qgraph.passes import ReconstructBlocks, reconstruct_blocks
 from qgraph.passes.reconstruct_blocks import _Work
 from tests.passes.reconstructing import context_of, data, inserted
@@ -292,3 +292,63 @@ def test_options_are_checked_right_at_their_limits(options, fine):
     else:
         with pytest.raises(ConfigError):
             ReconstructBlocks(**options)
+
+
+@pytest.mark.parametrize("learn_steps", [True, False])
+@pytest.mark.parametrize("accepted", [True, False])
+def test_exactly_the_steps_that_moved_are_written_and_only_if_accepted(accepted, learn_steps):
+    start, facts = inserted()
+    module = shallow_copy(start)
+    context = dataclasses.replace(context_of(module), facts=facts)
+    moved: dict[str, float] = {}
+    seen: list[str] = []
+
+    def tune(problem, tuning, **given):
+        for number, (name, fake) in enumerate(problem.student.fakes.items()):
+            seen.append(name)
+            if fake.log_step is not None and number % 2 == 0:
+                fake.log_step.data.fill_(0.25)
+                moved[name] = float(fake.learned())
+        return dataclasses.replace(REFUSED, accepted=accepted)
+
+    def scales(graph: Any) -> dict[str, float]:
+        return {n.name: float(encoding_of(graph, n).scale) for n in graph.graph.nodes
+                if n.name in seen and is_quantize(n)}  # fmt: skip
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reconstruct_blocks, "tune", tune)
+        changed = ReconstructBlocks("block", learn_steps=learn_steps).run(module, context)
+    assert changed is accepted
+    assert bool(moved) is learn_steps
+    assert len(seen) > len(moved)
+    before, after = scales(start), scales(module)
+    assert after == (before | moved if accepted else before)
+    fresh = [n for n, _ in module.named_buffers() if n.endswith("_scale")]
+    known = [n for n, _ in start.named_buffers() if n.endswith("_scale")]
+    assert len(fresh) - len(known) == (len(moved) if accepted else 0)
+
+
+def test_a_region_without_weights_or_without_an_output_that_moves_has_nothing_to_learn():
+    found = work(ReconstructBlocks("block"))
+    number = next(n for n, r in enumerate(found.regions) if r.weights)
+    region, groups = found.regions[number], found.groups
+    found.regions[number] = dataclasses.replace(region, moving=frozenset())
+    assert found.tune(number, found.tuning) == (None, {})
+    found.regions[number], found.groups = region, {}
+    assert found.tune(number, found.tuning) == (None, {})
+    found.note(region, None)
+    assert [d.reason for d in found.context.decisions] == ["nothing to learn"]
+    found.groups = groups
+
+
+@pytest.mark.parametrize("supervised", [False, True])
+def test_values_to_compare_with_are_made_once_and_taken_from_a_saved_state(
+    supervised, tmp_path, monkeypatch
+):
+    made: Any = []
+    real = _Work.final_targets
+    monkeypatch.setattr(_Work, "final_targets", lambda self: (made.append(self), real(self))[1])
+    item = ReconstructBlocks("block", global_weight=1.0 if supervised else 0.0)
+    for runs in (1, 2):
+        planned(item, cache_dir=tmp_path)
+        assert len(made) == int(supervised), runs
