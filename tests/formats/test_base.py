@@ -111,6 +111,9 @@ def test_code_ranges_wider_than_fp32_counts_end_where_they_say() -> None:
     for qmax in (2**24 - 1, 2**24 + 1, 2**25 - 1):
         made = affine(torch.tensor(1.0), torch.tensor(0), -5, qmax)
         assert made.encode(torch.tensor([1e9, 3.0, -1e9])).tolist() == [qmax, 3, -5]
+    for qmax in (2**24, 2**24 + 1, 2**30):  # one below -2^24 is no fp32 number
+        made = affine(torch.tensor(1.0), torch.tensor(-1), -(2**25), qmax)
+        assert made.encode(torch.tensor([-(2.0**24), 5.0])).tolist() == [-(2**24) - 1, 4]
 
 
 def test_tables_and_levels_per_channel_are_codes_less_zero_points() -> None:

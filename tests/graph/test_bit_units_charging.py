@@ -181,3 +181,26 @@ def test_at_one_width_units_and_the_rest_cost_what_the_plan_stores(seed, bits):
     assert (sizes, units.rest["size"]) == (sum(planned) * 3 / 8, 4 * (sum(weights) - sum(planned)))
     assert [unit.index for unit in units.units] == sorted(unit.index for unit in units.units)
     assert len({unit.name for unit in units.units}) == len(units.units)
+
+
+@pytest.mark.parametrize("base", [(4, 6), (6, 4), (10, 6), (6, 10)])
+@pytest.mark.parametrize("more", [0, 1])
+def test_operands_that_are_not_planned_count_as_wide_as_was_asked_for(base, more):
+    s = Sketch()
+    x = s.input(2, 5, 6)
+    first, other = s.linear(x, 5, name="first"), s.linear(x, 5, name="other")
+    mixed = s.call(aten.matmul.default, first, other)
+    layer = s.linear(mixed, 5, name="layer")
+    module, plan = s.returns(s.linear(layer, 3, name="last")), Plan()
+    for position in (0, 1):
+        read(plan, mixed, base[1] + more, position)
+    weight = Site(
+        edge=Edge(layer, (1,)), role=Role.WEIGHT, kind=kind(layer), bits=base[0] + more
+    )  # fmt: skip
+    plan.add(weight)
+    owner = owners(find_units(module, plan, find_structure(module), base).units)
+    found = owner[mixed].pinned, owner[layer].pinned
+    raised = (
+        (max(base[0], 8), max(base[1] + 1, 8)), (max(base[0] + 1, 8), max(base[1], 8))
+    )  # fmt: skip
+    assert found == (raised if more else (None, None))
