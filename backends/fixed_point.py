@@ -178,23 +178,31 @@ def normalize(x: Tensor, dims: Sequence[int], eps: float, *, centred: bool = Tru
     wanted = (61 - count.bit_length()) // 2
     d = x * count - x.sum(list(dims), keepdim=True) if centred else x * count
     largest = d.abs().amax(list(dims), keepdim=True)
-    shift = (bit_length(largest) - wanted).clamp_min(0)
+    shift = (bit_length(largest) - wanted).clamp_min(_least_shift(eps, count))
     d = rounding_shift(d, shift)
     variance = torch.div((d * d).sum(list(dims), keepdim=True), count, rounding_mode="floor")
-    variance = (variance + _epsilon(eps, count, shift)).clamp(1, 2**60)
+    variance = (variance + _epsilon(eps, count, shift)).clamp_min(1)
     room = (58 - bit_length(variance)).clamp_min(0) >> 1
-    root = integer_sqrt(variance << (2 * room)).clamp_min(1)
+    root = integer_sqrt(variance << (2 * room))
     return torch.div((d << (FRACTION + room)) + (root >> 1), root, rounding_mode="floor")
+
+
+def _scaled_epsilon(eps: float, count: int) -> int:
+    """``eps n^2 2^80``, a Python integer."""
+    return round(eps * 2.0**80) * count * count
+
+
+def _least_shift(eps: float, count: int) -> int:
+    """The shift from which on `eps` in units of the variance stays below 2^60."""
+    return max((_scaled_epsilon(eps, count).bit_length() - 91) // 2, 0)
 
 
 def _epsilon(eps: float, count: int, shift: Tensor) -> Tensor:
     """``eps`` in the units of the shifted variance: ``eps n^2 2^48 / 4^shift``."""
-    exact = round(eps * 2.0**80) * count * count  # 2^80 eps n^2, a Python integer
+    exact = _scaled_epsilon(eps, count)
     spare = max(exact.bit_length() - 62, 0)
     right = 2 * shift + (32 - spare)
-    base = torch.full_like(shift, exact >> spare)
-    up = (base.clamp_max(2**40) << (-right).clamp(0, 20)).clamp_max(2**60)
-    return torch.where(right >= 0, base >> right.clamp(0, 62), up)
+    return torch.full_like(shift, exact >> spare) >> right.clamp_max(62)
 
 
 def interpolate(x: Tensor, table: Tensor, steps: int, *, grows: bool) -> Tensor:

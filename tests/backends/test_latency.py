@@ -41,9 +41,11 @@ class Machine:
         self.now = 0.0
         self.models: list[onnx.ModelProto] = []
         self.feeds: list[dict[str, np.ndarray]] = []
+        self.threads: list[int] = []
         self.runs = 0
 
-    def session(self, data: bytes, *_: Any, **__: Any) -> Any:
+    def session(self, data: bytes, options: Any, **_: Any) -> Any:
+        self.threads.append(options.intra_op_num_threads)
         model = onnx.load_from_string(data)
         self.models.append(model)
         inputs = [
@@ -154,13 +156,45 @@ def test_what_is_timed_is_what_transformers_and_convolutional_networks_run(
     assert wholes == {2**12, 2**16, 2**19}
 
 
-def test_inputs_are_noise_around_the_zero_point(machine: Machine) -> None:
+def test_inputs_are_noise_around_the_zero_point_in_the_type_of_the_model(machine: Machine) -> None:
     latency.measure()
+    assert len(machine.models) * len(machine.feeds) > 0
+    wanted = {
+        tuple((v.name, v.type.tensor_type.elem_type) for v in model.graph.input)
+        for model in machine.models
+    }
+    kinds = {
+        np.dtype(np.uint8): onnx.TensorProto.UINT8,
+        np.dtype(np.float32): onnx.TensorProto.FLOAT,
+    }
+    assert {tuple((k, kinds[v.dtype]) for k, v in f.items()) for f in machine.feeds} == wanted
     for feed in machine.feeds:
         for value in feed.values():
             middle, spread = (128, 30) if value.dtype == np.uint8 else (0, 1)
             assert abs(float(value.mean()) - middle) < 0.2 * spread
             assert float(value.std()) == pytest.approx(spread, rel=0.2)
+
+
+def test_what_is_timed_is_valid_and_reads_all_that_it_holds(machine: Machine) -> None:
+    latency.measure()
+    assert set(machine.threads) == {1}
+    for model in machine.models:
+        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+        graph = model.graph
+        assert {t.name for t in graph.initializer} <= {i for n in graph.node for i in n.input}
+        made = {v.name for v in graph.input} | {t.name for t in graph.initializer}
+        shapes = {t.name: list(t.dims) for t in graph.initializer}
+        for node in graph.node:
+            assert set(node.input) <= made
+            made |= set(node.output)
+            shapes |= {node.output[0]: shapes.get(node.input[0], [])}
+            if node.op_type == "Conv":
+                (groups,) = [a.i for a in node.attribute if a.name == "group"]
+                out, within, *_ = shapes[node.input[1]]
+                assert groups * within == out
+    machine.threads.clear()
+    latency.measure(3)
+    assert set(machine.threads) == {3}
 
 
 def test_lines_fit_relative_errors_and_are_never_negative() -> None:
