@@ -62,8 +62,7 @@ class RowClasses:
     def unite_along(self, labels: Tensor, axis: int, reason: str) -> Tensor:
         """Let labels agree along an axis; return them with that axis of size 1."""
         head = labels.narrow(axis, 0, 1)
-        if labels.shape[axis] > 1 and labels.stride(axis):
-            self.unite_all(labels, head.expand_as(labels), reason)
+        self.unite_all(labels, head.expand_as(labels), reason)
         return head
 
     def pin_all(self, labels: Tensor, reason: str) -> None:
@@ -103,7 +102,7 @@ def compact_pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Two label tensors of one shape, cut to size 1 along axes where neither varies."""
     for axis in range(first.ndim):
         heads = first.narrow(axis, 0, 1), second.narrow(axis, 0, 1)
-        if first.shape[axis] > 1 and all(
+        if all(
             x.stride(axis) == 0 or bool((x == head).all())
             for x, head in zip((first, second), heads, strict=True)
         ):

@@ -82,10 +82,8 @@ def _checked(linear: Node, rows: Tensor, heads: Tensor) -> ValueHeads | str:
         return "channels differ between tokens"
     if first.unique().numel() != first.numel():
         return f"rows of {linear.name} serve several heads"
-    owner = torch.full((int(heads.max()) + 1,), -1)
-    for members in heads.unique(dim=0):
-        owner[members] = int(members.min())
-    return ValueHeads(linear, first, owner[first])
+    owner = {row: number for number, members in enumerate(heads.tolist()) for row in members}
+    return ValueHeads(linear, first, torch.tensor([owner[row] for row in first.tolist()]))
 
 
 def apply_value_heads(module: GraphModule, found: ValueHeads, order: Tensor) -> None:
@@ -101,7 +99,7 @@ def apply_value_heads(module: GraphModule, found: ValueHeads, order: Tensor) -> 
 
 
 def _stored(linear: Node) -> bool:
-    return all(a.op == "get_attr" for a in linear.args[1:3] if isinstance(a, Node))
+    return all(a.op == "get_attr" for a in linear.args[1:] if isinstance(a, Node))
 
 
 def _replayed(path: Sequence[Node], labels: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def test_copies_stay_where_results_would_alias_what_the_caller_holds() -> None:
         x = s.input(2, 3)
         source = s.stored(torch.randn(2, 3)) if stored else x
         copy = s.call(aten.clone.default, source)
-        module = s.returns(copy, s.call(aten.relu.default, x))
+        module = s.returns(copy, s.call(aten.relu.default, x), s.call(aten.neg.default, copy))
         assert not drop_noops(module)
     s = Sketch()
     y = s.call(aten.relu.default, s.input(2, 3))
@@ -158,6 +158,31 @@ def test_asserts_and_what_only_they_read_are_dropped() -> None:
     module = s.returns(s.call(aten.relu.default, x))
     assert drop_asserts(module)
     assert not drop_asserts(module)
+
+
+def test_only_asserts_go_and_those_that_are_read_stay() -> None:
+    s = Sketch()
+    x = s.input(2, 3)
+    kept = s.call(aten.abs.default, x)
+    write = s.call(aten.copy_.default, s.stored(torch.zeros(2, 3)), kept)
+    s.call(aten._assert_tensor_metadata.default, x)
+    read = s.call(aten._functional_assert_scalar.default, True, "m", s.input(1, name="t"))
+    module = s.returns(kept, s.call(aten.neg.default, read))
+    end = module.graph.output_node()
+    assert drop_asserts(module)
+    left = [n for n in module.graph.nodes if n.op == "call_function"]
+    assert left == [kept, write, read, end.args[0][1]]  # type: ignore[index]
+    assert module.graph.output_node() is end
+
+
+def test_calls_whose_operands_all_have_names_stay() -> None:
+    s = Sketch()
+    x = s.input(2, 3)
+    named = s.graph.call_function(aten.neg.default, (), {"self": x})
+    named.meta["val"] = x.meta["val"]
+    module = s.returns(named, s.call(aten.alias.default, x))
+    assert drop_noops(module)
+    assert [n.target for n in module.graph.nodes if n.op == "call_function"] == [aten.neg.default]
 
 
 def test_dead_chains_go_as_a_whole_and_writes_stay() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -115,6 +116,13 @@ def test_equal_labels_are_free_and_repeated_ones_need_no_look() -> None:
     classes.unite_along(labels.expand(4, 3), 0, "r")
     classes.unite_along(labels, 0, "r")
     assert state(classes) == [(v, False) for v in range(1, SIZE + 1)]
+
+
+def test_labels_beyond_the_last_row_are_none() -> None:
+    classes = RowClasses(SIZE)
+    assert classes.find(SIZE) == SIZE
+    with pytest.raises(IndexError):
+        classes.find(SIZE + 1)
 
 
 def varying(labels: Tensor) -> list[bool]:
