@@ -35,12 +35,12 @@ def find_scaled_source(value: Node, consumers: list[Node]) -> Node | str:
         if len(node.users) != 1:
             return f"{node.name} has other readers"
     if node.target is aten.layer_norm.default:
-        shape, stored = node.args[1], [a for a in node.args[2:4] if isinstance(a, Node)]
+        shape, stored = node.args[1], [a for a in node.args[2:] if isinstance(a, Node)]
         if len(stored) == 2 and isinstance(shape, (list, tuple)) and len(shape) == 1:
             return node if all(a.op == "get_attr" for a in stored) else f"{node.name}: computed"
         return f"{node.name} has no gamma and beta over one axis"
     if kind(node) is OpKind.LINEAR:
-        stored = [a for a in node.args[1:3] if isinstance(a, Node)]
+        stored = [a for a in node.args[1:] if isinstance(a, Node)]
         return node if all(a.op == "get_attr" for a in stored) else f"{node.name}: computed"
     return f"{node.name} does not commute with a scale"
 

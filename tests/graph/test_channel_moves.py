@@ -100,6 +100,13 @@ def read_twice(s: Sketch) -> Node:
     return s.call(aten.relu.default, x)
 
 
+def read_later(s: Sketch) -> Node:
+    x = layer(s)
+    value = s.call(aten.relu.default, x)
+    s.call(aten.exp.default, x)
+    return value
+
+
 def computed(s: Sketch) -> Node:
     weight = s.call(aten.neg.default, s.stored(torch.randn(SIZE, 4)))
     return s.call(aten.relu.default, s.call(aten.linear.default, s.input(2, 4), weight))
@@ -113,6 +120,7 @@ NO_FOLDS: dict[str, tuple[Draw, str]] = {
     "table": (lambda s: s.call(aten.mul.Tensor, layer(s), s.stored(torch.randn(SIZE))),
               "neither linear nor elementwise"),
     "read twice": (read_twice, "linear_default has other readers"),
+    "read later": (read_later, "linear_default has other readers"),
     "computed weight": (computed, "the weight of linear_default is computed"),
     "an input": (lambda s: s.input(2, SIZE), "neither linear nor elementwise"),
 }  # fmt: skip
@@ -170,6 +178,37 @@ def test_a_value_with_other_readers_is_changed_on_the_chosen_edges_alone() -> No
         torch.testing.assert_close(output(module), wanted)
 
 
+@pytest.mark.parametrize("change", ["gather", "scale"])
+@pytest.mark.parametrize("computed", [False, True])
+def test_what_is_inserted_stands_behind_inputs_and_before_its_readers(change, computed):
+    s = Sketch()
+    value = s.input(2, SIZE)
+    if computed:
+        value = s.call(aten.relu.default, value)
+    else:
+        s.stored(torch.ones(1), "unread")
+        s.input(2, name="other")
+    reader = s.call(aten.neg.default, value)
+    end = s.linear(reader, 3, bias=False, name="end")
+    module = s.returns(end)
+    factor = torch.tensor([0.5, 2.0, 4.0, 1.0, 0.25])
+    if change == "gather":
+        new = insert_gather(module, value, [Edge(reader, (0,))], ORDER)
+    else:
+        new = insert_scale(module, value, [Edge(reader, (0,))], factor)
+    module.graph.lint()
+    module.recompile()
+    order = list(module.graph.nodes)
+    inputs = [n for n in order if n.op == "placeholder"]
+    assert max(order.index(n) for n in inputs) < order.index(new) < order.index(reader)
+    assert new.next is reader
+    x = torch.randn(2, SIZE)
+    inner = x.relu() if computed else x
+    inner = inner[:, ORDER] if change == "gather" else inner * factor
+    want = -inner @ module.get_buffer("end_weight").T
+    torch.testing.assert_close(module(*[x, None][: len(inputs)]), want)
+
+
 @pytest.mark.parametrize("axis", [1, -2])
 def test_a_gather_takes_channels_of_any_axis_of_an_input(axis):
     s = Sketch()
@@ -218,6 +257,7 @@ def computed_gamma(s: Sketch) -> Node:
 NOT_SCALED: dict[str, tuple[Draw, str]] = {
     "gelu": (behind(aten.gelu.default), "does not commute"),
     "read twice": (read_twice, "linear_default has other readers"),
+    "read later": (read_later, "linear_default has other readers"),
     "computed": (computed, "linear_default: computed"),
     "computed gamma": (computed_gamma, "layer_norm_default: computed"),
     "no beta": (lambda s: stored_norm(s, s.input(2, SIZE), beta=False), "no gamma and beta"),
