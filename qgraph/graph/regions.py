@@ -76,7 +76,7 @@ class _Order:
         return max((self.at[user] for user in node.users if user in self.at), default=-1)
 
     def _live(self) -> list[list[Node]]:
-        """Per position, the moving values that later calls read; tuples make it uncuttable."""
+        """Per position, the moving values that later calls read."""
         ends: dict[int, list[Node]] = {}
         alive: dict[Node, None] = {}
         found = []
@@ -93,11 +93,11 @@ class _Order:
         """Per position, whether all that later calls read can be stored sample by sample.
 
         Multiples of the batch alone, as [windows * batch, ...], do not say how many samples there
-        are; one of the values must show the batch as it is.
+        are; one of the values must show the batch as it is. Tuples are not stored at all.
         """
         good, until = [], 0
         for position, (node, alive) in enumerate(zip(self.calls, self.live, strict=True)):
-            if not is_size(node) and node not in self.by_rows:
+            if not is_size(node) and not (is_tensor(node) and node in self.by_rows):
                 until = max(until, self.last[node])
             known = {first_size(n) for n in alive} - {None}
             counted = not known or bool(known & self.batch)
@@ -188,10 +188,7 @@ def _spans(ends: Sequence[int], length: int) -> list[Span]:
 
 def _by_layer(order: _Order) -> list[Span]:
     """A region per weight, with what comes before it; never through a tuple."""
-    ends = [
-        at for at in (order.at[w] for w in order.weights)
-        if order.cuttable[at] and all(is_tensor(n) for n in order.live[at])
-    ]  # fmt: skip
+    ends = [at for at in (order.at[w] for w in order.weights) if order.cuttable[at]]
     return _spans(ends[:-1], len(order.calls))
 
 

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import random
+from typing import Any
 
 import pytest
 import torch
 from torch.fx import GraphModule, Node
 
+from qgraph.graph.extract import extract
 from qgraph.graph.ops import product
-from qgraph.graph.regions import Region, cut_points, find_regions
+from qgraph.graph.regions import GRANULARITIES, Region, cut_points, find_regions
 from tests.graph.sketch import Sketch, aten
 
 WIDTH = 4
@@ -223,3 +226,42 @@ def test_constants_times_values_and_tables_are_weights_and_starts_move_what_foll
     assert x.name in {name for r in find_regions(module, "subblock", starts=begun)
                       for name in (*r.moving, *r.nodes)}  # fmt: skip
     assert [name for r in layers for name in r.weights] == weights
+
+
+def split_net(seed: int) -> GraphModule:
+    """Linears in drawn modules, with parts of values that are taken when they are needed."""
+    draw, s = random.Random(seed), Sketch()
+    values, tuples = [s.input(3, WIDTH, free=1)], []
+    for number in range(draw.randint(5, 11)):
+        within, x = draw.choice(["a.0", "b.0", "c"]), draw.choice(values[-2:])
+        what = draw.choice(["linear", "linear", "split", "take", "take", "mul"])
+        if what == "split":
+            wide = s.linear(x, 2 * WIDTH, name=f"{within}.{number}")
+            if draw.random() < 0.3:
+                wide = s.call(aten.cat.default, [values[0], values[0]], 1)
+            tuples.append(s.call(aten.split.Tensor, wide, WIDTH, 1, within=within))
+        elif what == "take" and tuples:
+            at = draw.randrange(2)
+            values.append(s.call(operator.getitem, draw.choice(tuples), at, within=within))
+        elif what == "mul":
+            values.append(s.call(aten.mul.Tensor, x, draw.choice(values), within=within))
+        else:
+            values.append(s.linear(x, WIDTH, name=f"{within}.{number}"))
+    return s.returns(s.linear(values[-1], 2, name="last"), *[v for v in values if not v.users])
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_regions_read_inputs_and_what_regions_before_give_and_run_as_the_graph_does(seed):
+    module = split_net(seed)
+    x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(seed))
+    wanted = module(x)
+    for granularity in GRANULARITIES:
+        values = {"x": x}
+        for region in find_regions(module, granularity, max_products=2):
+            assert set(region.inputs) <= set(values)
+            part = extract(module, region.inputs, region.outputs)
+            made = part(*(values[name] for name in region.inputs))
+            values.update(zip(region.outputs, made, strict=True))
+        ends: Any = module.graph.output_node().args[0]
+        pairs = [(ends, wanted)] if isinstance(ends, Node) else zip(ends, wanted, strict=True)
+        assert all(torch.equal(values[end.name], want) for end, want in pairs)
