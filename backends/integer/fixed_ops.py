@@ -180,8 +180,7 @@ def _avg_pool(emitter: FixedEmitter, node: Node) -> Node | None:
     """Sums of windows, one rounded division; windows that padding cuts are left to floats."""
     kernel, padding, ceil = (argument(node, i) for i in (1, 3, 4))
     sizes: Any = kernel
-    sizes = list(sizes) * (2 // len(sizes))
-    whole = argument(node, 6) or sizes[0] * sizes[1]
+    whole = argument(node, 6) or sizes[0] * sizes[-1]
     padded: Any = padding
     if ceil or (any(padded) and not argument(node, 5)):
         return None

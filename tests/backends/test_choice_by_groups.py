@@ -13,7 +13,7 @@ from qgraph.backends import integer, reference
 from qgraph.backends.integer.choice import _channel_slices
 from qgraph.backends.integer.kernels import has_exact_u8_kernels
 from qgraph.formats import AffineEncoding
-from tests.backends.exact import coded, drawn, product_of, row_of
+from tests.backends.exact import check, coded, drawn, product_of, row_of
 
 aten = torch.ops.aten
 needs_kernels = pytest.mark.skipif(not has_exact_u8_kernels(), reason="no exact int8 kernels here")
@@ -127,3 +127,24 @@ def test_the_largest_sum_of_any_output_decides_right_at_the_limit(sign: int, row
             assert _channel_slices(weight, data) == wanted
             weight[row, 0] += sign * (2**23 - size) + sign * 2**23
             assert _channel_slices(weight, data) is None
+
+
+@needs_kernels
+@pytest.mark.parametrize(("side", "slices"), [(13, 1), (14, 2), (16, 2), (17, 3), (22, 3)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_large_biases_are_added_to_as_few_slices_as_are_exact(
+    side: int, slices: int, groups: int
+) -> None:
+    grid, stored = coded(0, 255), coded(-128, 127)
+    w = torch.full((2 * groups, 3, side, side), 127, dtype=torch.int32)
+    w[1] = torch.arange(side) - 5
+    x = torch.full((2, 3 * groups, side, side + 1), 255, dtype=torch.int32)
+    x[:, ::2, ::3] = 7
+    rest, bias = ([1, 1], [0, 0], [1, 1], groups), torch.tensor([TOP + 1, -3] * groups)
+    row, _ = check(aten.conv2d.default, (x, grid), (w, stored), bias, rest)
+    inside = groups == 1 or slices == 1
+    assert row.kernel == ("onednn qconv u8s8" if inside else "float64 on levels")
+    if inside:
+        lowered = integer.lower(product_of(aten.conv2d.default, (x, grid), (w, stored), bias, rest))
+        names = [n for n in lowered.graph_module.graph.nodes if n.name.startswith("conv_u8")]
+        assert len(names) == slices
