@@ -21,6 +21,7 @@ from qgraph.graph.channel_maps import ChannelMaps
 from qgraph.graph.edges import Edge
 from qgraph.graph.metadata import Key
 
+_Cache = dict[tuple[str, tuple[int, ...], tuple[int, ...]], str]  # tensor, shape, negative places
 FOLDED_SIGNS: Key[list[object]] = Key("folded_signs", owner="qgraph.graph.sign_folding")
 
 
@@ -45,7 +46,7 @@ def fold_signs(module: GraphModule, maps: ChannelMaps, flipped: Collection[int])
             msg = f"rows of class {root} must not change sign: {maps.classes.reason(root)}"
             raise PassError(msg)
     chosen = torch.tensor(sorted(flipped), dtype=torch.int64)
-    cache: dict[tuple[str, tuple[int, ...]], str] = {}
+    cache: _Cache = {}
     changed = False
     for source in maps.labels.sources:
         rows = torch.isin(maps.classes.roots(maps.labels.rows_of(source)), chosen)
@@ -70,7 +71,7 @@ def unfold_signs(module: GraphModule) -> bool:
     Raises:
         PassError: a folded tensor has been quantized since.
     """
-    cache: dict[tuple[str, tuple[int, ...]], str] = {}
+    cache: _Cache = {}
     changed = False
     for node in module.graph.nodes:
         records: list[Any] = FOLDED_SIGNS.get(node) or []
@@ -88,7 +89,7 @@ def unfold_signs(module: GraphModule) -> bool:
 
 def _negate(
     module: GraphModule, node: Node, argument: int, negative: Tensor,
-    cache: dict[tuple[str, tuple[int, ...]], str],
+    cache: _Cache,
 ) -> None:  # fmt: skip
     """Let one argument read a tensor with changed signs; equal changes share one tensor."""
     edge = Edge(node, (argument,))
@@ -97,7 +98,7 @@ def _negate(
         msg = f"{edge} no longer reads a stored float tensor; signs can only change before"
         raise PassError(msg, node=node.name)
     flat = negative.reshape(-1).nonzero().squeeze(1).tolist()
-    key = (str(source.target), (*negative.shape, -1, *flat))
+    key = str(source.target), tuple(negative.shape), tuple(flat)
     if key not in cache:
         tensor = attribute(module, str(source.target))
         cache[key] = add_buffer(module, f"{source.target}_signed", negated(tensor, negative))
