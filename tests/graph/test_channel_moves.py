@@ -112,6 +112,16 @@ def computed(s: Sketch) -> Node:
     return s.call(aten.relu.default, s.call(aten.linear.default, s.input(2, 4), weight))
 
 
+def half_computed(position: int) -> Draw:
+    def draw(s: Sketch) -> Node:
+        x = s.input(2, 4)
+        stored = [s.stored(torch.randn(SIZE, 4)), s.stored(torch.randn(SIZE), "b")]
+        stored[position] = s.call(aten.neg.default, stored[position])
+        return s.call(aten.relu.default, s.call(aten.linear.default, x, *stored))
+
+    return draw
+
+
 NO_FOLDS: dict[str, tuple[Draw, str]] = {
     "norm": (lambda s: stored_norm(s, layer(s)), "is a norm"),
     "softmax": (behind(aten.softmax.int, -1), "neither linear nor elementwise"),
@@ -122,6 +132,8 @@ NO_FOLDS: dict[str, tuple[Draw, str]] = {
     "read twice": (read_twice, "linear_default has other readers"),
     "read later": (read_later, "linear_default has other readers"),
     "computed weight": (computed, "the weight of linear_default is computed"),
+    "weight computed alone": (half_computed(0), "the weight of linear_default is computed"),
+    "bias computed alone": (half_computed(1), "the weight of linear_default is computed"),
     "an input": (lambda s: s.input(2, SIZE), "neither linear nor elementwise"),
 }  # fmt: skip
 
@@ -259,6 +271,8 @@ NOT_SCALED: dict[str, tuple[Draw, str]] = {
     "read twice": (read_twice, "linear_default has other readers"),
     "read later": (read_later, "linear_default has other readers"),
     "computed": (computed, "linear_default: computed"),
+    "weight computed alone": (half_computed(0), "linear_default: computed"),
+    "bias computed alone": (half_computed(1), "linear_default: computed"),
     "computed gamma": (computed_gamma, "layer_norm_default: computed"),
     "no beta": (lambda s: stored_norm(s, s.input(2, SIZE), beta=False), "no gamma and beta"),
     "no gamma": (
