@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
+from qgraph.backends import onnx as backend
 from qgraph.backends import reference
 from qgraph.backends.cutting import CutGraph
 from qgraph.backends.onnx.capabilities import (
@@ -23,7 +25,7 @@ from qgraph.backends.onnx.capabilities import (
 )
 from qgraph.backends.onnx.export import ExportInfo, export
 from qgraph.backends.onnx.session import Session, read_codes, read_config, session_options
-from qgraph.errors import ArtifactError
+from qgraph.errors import ArtifactError, InputError
 from tests.backends.exact import by_axis, coded, decode, drawn, encode
 from tests.backends.single_ops import SingleOp
 
@@ -149,7 +151,8 @@ def test_cutting_feeds_every_reader_and_shows_every_quantizer(signed: bool) -> N
     assert list(cut.names) == names
     assert [n.name for n in module.graph.nodes] == before
     placeholders = [n for n in cut.module.graph.nodes if n.op == "placeholder"]
-    assert len(placeholders) == 1 + len(names)
+    shapes = [tuple(n.meta["val"].shape) for n in placeholders]
+    assert shapes == [(2, 3, 4), (2, 3, 4), (2, 3, 5), (2, 3, 5)]
     fed, expected = cut.feed((X,), {})
     wanted = codes_of(module)
     assert all(torch.equal(expected[n].int(), wanted[n].int()) for n in names)
@@ -167,3 +170,41 @@ def test_cutting_feeds_every_reader_and_shows_every_quantizer(signed: bool) -> N
             n for n, a, b in zip(names, again, shown, strict=True) if not torch.equal(a, b)
         ]
         assert differing == names[position : position + 1], changed
+
+
+def test_values_that_are_fed_come_behind_all_inputs() -> None:
+    b, grid = SingleOp(), coded(-128, 127)
+    given = [b.placeholder(name, X * factor) for name, factor in (("x", 1), ("y", 2), ("z", 3))]
+    read = [decode(b, encode(b, n, n.name, grid), n.name, grid) for n in given[1:]]
+    total = b.call(aten.sub.Tensor, b.call(aten.sub.Tensor, given[0], read[0]), read[1])
+    module = b.finish(total)
+    cut = CutGraph(module)
+    inputs = (X, X * 2, X * 3)
+    fed, expected = cut.feed(inputs, {})
+    assert all(torch.equal(a, b) for a, b in zip(fed, inputs, strict=False))
+    assert [n.target for n in cut.module.graph.nodes if n.op == "placeholder"] == [
+        "x", "y", "z", *(f"fed_{name}" for name in cut.names),
+    ]  # fmt: skip
+    for name, factor, ours in zip(
+        cut.names, (2, 3), reference.lower(cut.module)(*fed), strict=True
+    ):
+        assert torch.equal(ours, grid.fake(X * factor))
+        assert torch.equal(expected[name], grid.encode(X * factor))
+
+
+def test_a_sample_is_what_an_explanation_is_measured_with(
+    written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, _, info = written
+    monkeypatch.setattr(backend, "export", lambda _, path: shutil.copy(info.path, path))
+    found: list[Any] = []
+    monkeypatch.setattr(backend, "kernels", lambda *args, **options: found.append((args, options)))
+    backend.explain(module, sample=((), {"x": X}), threads=2)
+    backend.explain(module, sample=((X,), {}))
+    backend.explain(module)
+    assert [options["threads"] for _, options in found] == [2, None, None]
+    for (_, feeds), _ in found[:2]:
+        assert [(name, value.tolist()) for name, value in feeds[0].items()] == [("x", X.tolist())]
+    assert found[2][0][1] is None
+    with pytest.raises(InputError):
+        backend.explain(module, sample=((X, X), {}))
