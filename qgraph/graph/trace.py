@@ -25,7 +25,6 @@ from torch.utils import _pytree as pytree
 
 from qgraph.errors import CaptureError
 from qgraph.garbage import old_objects_aside
-from qgraph.graph.build import attribute
 from qgraph.graph.capture_checks import check_inference, check_model, check_sample, check_tensors
 from qgraph.graph.capture_errors import explain
 from qgraph.graph.dynamic_batch import (
@@ -275,22 +274,9 @@ def _to_module(program: ExportedProgram) -> GraphModule:
     for node in list(wrapped.graph.nodes):
         if node.op == "get_attr" and not node.users:
             wrapped.graph.erase_node(node)
-    module = GraphModule(wrapped, wrapped.graph)
+    module = GraphModule(wrapped, wrapped.graph)  # whose constants are buffers
     module.eval()
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            _register(module, str(node.target))
     return module
-
-
-def _register(module: GraphModule, target: str) -> None:
-    """Make a constant a buffer, so that it follows the module to other devices and files."""
-    value = attribute(module, target)
-    path, _, name = target.rpartition(".")
-    owner = module.get_submodule(path)
-    if isinstance(value, Tensor) and name not in owner._parameters and name not in owner._buffers:
-        delattr(owner, name)
-        owner.register_buffer(name, value)
 
 
 def _finish(module: GraphModule, reason: str, original: torch.dtype) -> GraphModule:
