@@ -147,7 +147,7 @@ def grouped(node: Node, data: Levels) -> tuple[Tensor | None, list[Tensor], str]
     contraction = what.data_axis % _ndim(node, what.data)
     if data.axis != contraction:
         return None, [], "" if kind(node) is OpKind.MATMUL else "scales along a foreign axis"
-    if kind(node) in {OpKind.CONV, OpKind.CONV_TRANSPOSE} and data.scale.numel() > 1:
+    if kind(node) in {OpKind.CONV, OpKind.CONV_TRANSPOSE}:
         groups: Any = argument(node, 6)
         if int(groups) != 1:
             return None, [], "channel groups of scales in a grouped convolution"

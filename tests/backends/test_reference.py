@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qgraph.backends import integer, reference
 from qgraph.backends.integer.module import fixed_point_reference
+from qgraph.backends.semantics import analyze
 from qgraph.formats import AffineEncoding
 from tests.backends.exact import by_axis, coded, decode, drawn, encode, insert_product
 from tests.backends.single_ops import SingleOp
@@ -261,3 +262,45 @@ def test_float_ops_see_one_layout_however_their_input_lies(view: tuple[int, ...]
         node = decode(builder, builder.placeholder("x", codes), "x", grid)
         model = reference.lower(builder.finish(builder.call(target, node, *rest)))
         assert torch.equal(model(lying)[0], target(read, *rest))
+
+
+@pytest.mark.parametrize(("steps", "growth"), [((0, 0, 0), 1), ((0, 1, 1), 2), ((3, 0, 2), 8)])
+def test_bounds_of_computed_operands_grow_with_the_largest_shift(steps, growth) -> None:
+    scale = 2.0**-12 * 2.0 ** torch.tensor(steps)
+    data = AffineEncoding(scale=scale, zero_point=torch.zeros(3), qmin=-128, qmax=127, axis=2)
+    x, w = drawn(data, (2, 5, 3), 1), drawn(coded(-128, 127), (3, 4), 2)
+    builder = SingleOp()
+    node = insert_product(builder, aten.matmul.default, (x, data), (w, coded(-128, 127)),
+                          fixed=False)  # fmt: skip
+    (form,) = analyze(builder.finish(node)).products.values()
+    assert form.bound == growth * 3 * 128 * 128
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_codes_of_a_bias_are_kept_where_each_channel_has_its_scale(per_channel: bool) -> None:
+    grid, weights = coded(-128, 127), by_axis(4, 0) if per_channel else coded(-128, 127)
+    x, w = drawn(grid, (3, 6), 1), drawn(weights, (4, 6), 2)
+    bias = torch.tensor([5, -7, 0, 2**25 + 1])
+    builder = SingleOp()
+    node = insert_product(builder, aten.linear.default, (x, grid), (w, weights), bias)
+    (form,) = analyze(builder.finish(node)).products.values()
+    assert form.bias is None
+    assert form.bias_codes is not None
+    assert form.bias_codes.tolist() == bias.tolist()
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_scales_by_channel_of_a_grouped_convolution_stay_in_float(channels: int) -> None:
+    data = by_axis(channels, 1)
+    x, w = drawn(data, (2, channels, 4, 3), 1), drawn(coded(-128, 127), (4, channels // 2, 1, 1), 2)
+    builder = SingleOp()
+    rest = ([1, 1], [0, 0], [1, 1], 2)
+    node = insert_product(
+        builder, aten.conv2d.default, (x, data), (w, coded(-128, 127)), None, rest
+    )
+    module = builder.finish(node)
+    found = analyze(module)
+    assert not found.products
+    assert found.reasons[node] == "channel groups of scales in a grouped convolution"
+    wanted = aten.conv2d.default(data.decode(x), w * 2.0**-10, None, *rest)
+    assert torch.equal(reference.lower(module)(x)[0], wanted)
