@@ -44,6 +44,12 @@ def test_widths_from_two_to_sixteen_span_their_codes(bits):
     assert made.table().tolist() == list(range(-(2 ** (bits - 1)), 2 ** (bits - 1)))
 
 
+@pytest.mark.parametrize("bits", [-2, 0, 1, 17, 18, 32, True, 2.0, "4"])
+def test_other_widths_are_refused(bits):
+    with pytest.raises(ConfigError, match="allowed: integers from 2 to 16"):
+        check_bits(bits)
+
+
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
 def test_one_bad_scale_among_good_ones_is_refused(bad):
     for scale in ([bad], [1.0, bad], [bad, 2.0]):
