@@ -29,8 +29,9 @@ from qgraph.graph.scale_channels import (
     scale_columns,
     scale_source,
 )
+from qgraph.passes.choose_ranges import relative_power
 from qgraph.passes.reorder_channels import matched
-from qgraph.passes.use_dual_regions import affine_encoding, relative_power, row_request, row_weights
+from qgraph.passes.use_dual_regions import affine_encoding, row_request, row_weights
 from qgraph.pipeline import Fact, Pass, Promise
 
 LINEARS = (OpKind.LINEAR.value,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -35,7 +35,8 @@ from qgraph.graph.requests import Request
 from qgraph.graph.seen_through import is_normalised_after
 from qgraph.pipeline import Fact, Pass, Promise
 
-METHODS = ("output", "mse", "minmax", "percentile", "entropy")
+METHODS = ("auto", "output", "mse", "minmax", "percentile", "entropy")
+WIDE = 8  # bits from which what a clip takes away weighs more than rounding
 
 LOGGER = logging.getLogger("qgraph")
 WHAT = "choosing ranges"
@@ -50,9 +51,11 @@ class ChooseRanges(Pass):
     Attributes:
         method: ``"output"`` minimises the error of the consuming layers' outputs over sampled
             rows (a plain MSE clip can be worse than min-max: a few large entries meet large
-            weights) and falls back to ``"mse"`` where the consumer has no stored weight; or
-            ``"minmax"``, ``"percentile"``, ``"entropy"``.
-        rows: sampled rows per value for ``"output"``.
+            weights) and falls back to ``"mse"`` where the consumer has no stored weight;
+            ``"auto"`` takes it where sampled rows tell enough (see `judging_weight`), else
+            ``"mse"`` over the histogram; or ``"minmax"``, ``"percentile"``, ``"entropy"``.
+            `python -m benchmarks.range_methods` compares them.
+        rows: sampled rows per value where outputs judge.
         add_sqnr: a residual add whose operand would keep less than so many dB stays in float and
             is reported (residual streams of transformers live off a few huge channels); minus
             infinity quantizes every add.
@@ -67,7 +70,7 @@ class ChooseRanges(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({Fact.PLANNED, Fact.STATISTICS})
     establishes: ClassVar[frozenset[str]] = frozenset({Fact.RANGES})
 
-    method: str = "output"
+    method: str = "auto"
     rows: int = 128
     add_sqnr: float = 35.0
     brief_from: int = BRIEF_FROM
@@ -79,7 +82,7 @@ class ChooseRanges(Pass):
     def statistics(self, module: GraphModule, context: Context) -> Iterable[Request]:  # noqa: D102
         for (value, _), sites in context.plan.by_value(undecided_only=True).items():
             yield Request(value, "Range")
-            by_output = self.method == "output" and output_weight(module, sites) is not None
+            by_output = self._judging_weight(module, sites) is not None
             added = any(site.kind is OpKind.ADD for site in sites)
             if self.method != "minmax" and (not by_output or added):
                 yield Request(value, "Histogram")
@@ -108,6 +111,11 @@ class ChooseRanges(Pass):
                 site.decide(encoding, self.name, f"{how} range [{low:.4g}, {high:.4g}]")
         return False
 
+    def _judging_weight(self, module: GraphModule, sites: list[Site]) -> Tensor | None:
+        if self.method == "auto":
+            return judging_weight(module, sites)
+        return output_weight(module, sites) if self.method == "output" else None
+
     def _doubt(self, context: Context, value: Node) -> None:
         """Tell of data that no range can serve; the median shows what is usual."""
         ratio = outlier_ratio(context.statistics[value])
@@ -126,17 +134,23 @@ class ChooseRanges(Pass):
         seen = context.statistics[value]
         extrema = seen.range()
         effort = effort_for(bits, self.brief_from)
-        weight = output_weight(module, sites) if self.method == "output" else None
+        weight = self._judging_weight(module, sites)
+        if (
+            self.method == "auto"
+            and seen.find(Reservoir if weight is not None else Histogram) is None
+        ):
+            # other bits than those that calibration asked for: what it did ask for judges
+            weight = output_weight(module, sites) if weight is None else None
         if weight is not None:
             rows = seen.get(Reservoir, rows=self.rows).sampled()
             low, high = extrema.bounds()
             # a norm divides by the size of its row; what lives on unnormalised counts as it is
-            power = 1.5 if all(is_normalised_after(site.edge.consumer) for site in sites) else 0.0
             found = choose_range_for_output(
-                rows, weight, low=low, high=high, bits=bits, relative=power, effort=effort
-            )
+                rows, weight, low=low, high=high, bits=bits, relative=relative_power(sites),
+                effort=effort,
+            )  # fmt: skip
             return (*found, "output-aware")
-        method = "mse" if self.method == "output" else self.method
+        method = "mse" if self.method in {"auto", "output"} else self.method
         if method == "mse" and key in known:
             return (*known[key], method)
         source = seen.get(Histogram) if method != "minmax" else seen.find(Histogram)
@@ -173,6 +187,25 @@ class ChooseRanges(Pass):
         schedule = effort_for(bits, self.brief_from).histogram
         ends = choose_range(bins, seen.range(), bits=bits, schedule=schedule)
         return (*ends, range_sqnr(bins, ends, bits=bits))
+
+
+def relative_power(sites: Sequence[Site]) -> float:
+    """How much a row's own output weighs down its errors: 1.5 before a norm, else not at all."""
+    return 1.5 if all(is_normalised_after(site.edge.consumer) for site in sites) else 0.0
+
+
+def judging_weight(module: GraphModule, sites: list[Site]) -> Tensor | None:
+    """The weights whose outputs judge a range best; None where its histogram does.
+
+    Sampled rows show the bulk, not what is rare: a tiny target is in none of them, and a clip that
+    removes it looks free. That does no harm where errors count relative to their row, or where
+    few bits make rounding the larger error. It does in convolutions, of whose pixels a few in a
+    thousand are sampled, and from 8 bits on.
+    """
+    rare_decides = any(site.kind is OpKind.CONV or site.bits >= WIDE for site in sites)
+    if rare_decides and not relative_power(sites):
+        return None
+    return output_weight(module, sites)
 
 
 def output_weight(module: GraphModule, sites: list[Site]) -> Tensor | None:

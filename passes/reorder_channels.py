@@ -34,12 +34,11 @@ from qgraph.graph.permute_channels import apply_fold, find_fold, insert_gather, 
 from qgraph.graph.plan import Site
 from qgraph.graph.requests import Request
 from qgraph.graph.value_heads import apply_value_heads, find_value_heads
-from qgraph.passes.choose_ranges import output_weight
+from qgraph.passes.choose_ranges import output_weight, relative_power
 from qgraph.passes.use_dual_regions import (
     Score,
     affine_encoding,
     linear_score,
-    relative_power,
     row_request,
 )
 from qgraph.pipeline import Fact, Pass, Promise

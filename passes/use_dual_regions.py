@@ -42,11 +42,10 @@ from qgraph.graph.plan import Site
 from qgraph.graph.requests import Request
 from qgraph.graph.seen_through import (
     activation_behind,
-    is_normalised_after,
     rectified_behind,
     softmax_behind,
 )
-from qgraph.passes.choose_ranges import output_weight
+from qgraph.passes.choose_ranges import output_weight, relative_power
 from qgraph.pipeline import Fact, Pass, Promise
 
 PRODUCTS = frozenset({OpKind.LINEAR, OpKind.CONV, OpKind.MATMUL})
@@ -272,11 +271,6 @@ def attention_score(rows: Tensor, values: Tensor) -> Score:
     return lambda encoding: (
         float(torch.bmm((encoding.fake(rows) - rows).unsqueeze(1), values).square().sum()) / signal
     )
-
-
-def relative_power(sites: Sequence[Site]) -> float:
-    """How much a row's own output weighs down its errors: 1.5 before a norm, else not at all."""
-    return 1.5 if all(is_normalised_after(site.edge.consumer) for site in sites) else 0.0
 
 
 def linear_score(rows: Tensor, weight: Tensor, power: float) -> Score:

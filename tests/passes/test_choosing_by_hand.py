@@ -32,9 +32,10 @@ from qgraph.passes import (
     use_log_affine,
 )
 from qgraph.passes.choose_ranges import output_weight
+from qgraph.pipeline import Pass, Promise
 from tests.passes.by_hand import Hand, aten, kinds_asked, normal, told
 
-METHODS = ("output", "mse", "minmax", "percentile", "entropy")
+METHODS = ("auto", "output", "mse", "minmax", "percentile", "entropy")
 
 
 def reading(what: str, *, normed: tuple[bool, ...] = ()) -> tuple[Hand, Any, Any]:
@@ -70,17 +71,18 @@ def test_each_method_asks_for_what_it_looks_at(method, what):
     asked = [
         kind for name, kind in kinds_asked(ChooseRanges(method=method), hand) if name == x.name
     ]
-    by_output = method == "output" and what in {"fc", "fc and sum", "conv"}
+    linears = {"fc", "fc and sum"}
+    by_output = what in {"output": linears | {"conv"}, "auto": linears}.get(method, set())
     needs = method != "minmax" and (not by_output or "sum" in what)
     wanted = ["Range"] + ["Histogram"] * needs + ["Reservoir"] * by_output
     assert asked == wanted
     if by_output:
-        module = hand.module()
-        requests = list(ChooseRanges(rows=7).statistics(module, hand.context(module)))
+        module, item = hand.module(), ChooseRanges(method=method, rows=7)
+        requests = list(item.statistics(module, hand.context(module)))
         (options,) = [dict(r.options) for r in requests if r.kind == "Reservoir"]
         assert options == {"axis": 1 if what == "conv" else -1, "rows": 7, "per_sample": 16}
         sites[0].axis = None
-        requests = list(ChooseRanges(rows=7).statistics(module, hand.context(module)))
+        requests = list(item.statistics(module, hand.context(module)))
         assert [dict(r.options)["axis"] for r in requests if r.kind == "Reservoir"] == [-1]
 
 
@@ -98,7 +100,7 @@ def test_a_range_is_what_its_method_finds(method, normed):
     seen = context.statistics[x]
     value = x.meta["val"]
     low, high = float(value.min()), float(value.max())
-    if method == "output":
+    if method in {"auto", "output"}:
         rows = seen.get(Reservoir).sampled()
         weight = torch.cat([normal(5, 6, seed=1 + n) for n in range(len(normed))])
         wanted = choose_range_for_output(
@@ -113,8 +115,42 @@ def test_a_range_is_what_its_method_finds(method, normed):
     step = float(sites[0].encoding.scale)
     assert ends(sites[0].encoding) == pytest.approx(wanted, abs=0.51 * step)
     assert step == pytest.approx((wanted[1] - wanted[0]) / 15, rel=1e-3)
-    told_method = "output-aware" if method == "output" else method
+    told_method = "output-aware" if method in {"auto", "output"} else method
     assert sites[0].reason.startswith(f"{told_method} range")
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("what", ["fc", "conv"])
+@pytest.mark.parametrize("normed", [(False,), (True,), (True, True), (True, False)])
+def test_rows_judge_where_they_tell_enough(what, normed, bits):
+    hand, sites, x = reading(what, normed=normed)
+    if what == "conv":
+        normed = (False,)
+    for site in sites:
+        site.bits = bits
+    _, context, _ = hand.run(ChooseRanges())
+    by_rows = all(normed) or (what == "fc" and bits < 8)
+    method = "output-aware" if by_rows else "mse"
+    assert all(site.reason.startswith(f"{method} range") for site in sites)
+    assert (context.statistics[x].find(Histogram) is None) is by_rows
+
+
+@pytest.mark.parametrize(("asked", "bits", "told"), [(4, 8, "output-aware"), (8, 4, "mse")])
+def test_bits_that_change_behind_calibration_are_judged_by_what_it_asked_for(asked, bits, told):
+    hand, (site,), _ = reading("fc")
+    site.bits = asked
+
+    @dataclasses.dataclass(frozen=True)
+    class Assign(Pass):
+        name = "assign"
+        promise = Promise.IDENTICAL
+
+        def run(self, module: Any, context: Any) -> bool:
+            site.bits = bits
+            return False
+
+    hand.run(Assign(), ChooseRanges())
+    assert site.reason.startswith(f"{told} range")
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -50,7 +50,7 @@ DEFAULTS: dict[str, dict[str, object]] = {
         "kinds": ("linear", "conv"), "rows": 128, "skip": (), "force": (),
     },
     "balance_channels": {"min_gain_db": 0.5, "rows": 128, "skip": ()},
-    "choose_ranges": {"method": "output", "rows": 128, "add_sqnr": 35.0, "brief_from": 8},
+    "choose_ranges": {"method": "auto", "rows": 128, "add_sqnr": 35.0, "brief_from": 8},
     "use_log_affine": {
         "part": "head", "min_gain_db": 0.0, "decoder": "exact", "reserve_zero": False,
         "boxes": (), "classes": (), "head": (), "skip": (),

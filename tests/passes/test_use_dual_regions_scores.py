@@ -22,6 +22,7 @@ from qgraph.passes import (
     ReorderChannels,
     UseDualRegions,
 )
+from qgraph.passes.choose_ranges import relative_power
 from qgraph.passes.use_dual_regions import (
     SILENT,
     attention_score,
@@ -30,7 +31,6 @@ from qgraph.passes.use_dual_regions import (
     linear_score,
     matched,
     rectified_candidates,
-    relative_power,
     row_weights,
     shortlist,
     signed_candidates,
