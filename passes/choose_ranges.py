@@ -202,6 +202,8 @@ def judging_weight(module: GraphModule, sites: list[Site]) -> Tensor | None:
     few bits make rounding the larger error. It does in convolutions, of whose pixels a few in a
     thousand are sampled, and from 8 bits on.
     """
+    if not any(map(stored_weight, sites)):
+        return None
     rare_decides = any(site.kind is OpKind.CONV or site.bits >= WIDE for site in sites)
     if rare_decides and not relative_power(sites):
         return None
@@ -214,19 +216,19 @@ def output_weight(module: GraphModule, sites: list[Site]) -> Tensor | None:
     A convolution counts each kernel position as an output of its own.
     """
     stacked = []
-    for site in sites:
-        what = product(site.edge.consumer)
-        if what is None or site.kind not in {OpKind.LINEAR, OpKind.CONV}:
-            continue
-        weight = site.edge.consumer.args[what.weight]
-        if (
-            not isinstance(weight, Node)
-            or weight.op != "get_attr"
-            or site.edge.path != (what.data,)
-        ):
-            continue
-        if site.kind is OpKind.CONV and argument(site.edge.consumer, 6) != 1:
-            continue
-        values = attribute(module, str(weight.target)).detach().to(torch.float32)
+    for stored in filter(None, map(stored_weight, sites)):
+        values = attribute(module, str(stored.target)).detach().to(torch.float32)
         stacked.append(values.movedim(1, -1).reshape(-1, values.shape[1]))
     return torch.cat(stacked) if stacked else None
+
+
+def stored_weight(site: Site) -> Node | None:
+    """The weight that a layer multiplies the site's value with, if it is stored and ungrouped."""
+    what = product(site.edge.consumer)
+    if what is None or site.kind not in {OpKind.LINEAR, OpKind.CONV}:
+        return None
+    weight = site.edge.consumer.args[what.weight]
+    grouped = site.kind is OpKind.CONV and argument(site.edge.consumer, 6) != 1
+    if not isinstance(weight, Node) or weight.op != "get_attr" or grouped:
+        return None
+    return weight if site.edge.path == (what.data,) else None
