@@ -3,7 +3,8 @@
 
 SQNR of the output over held-out batches in dB, for each way of `ChooseRanges`; ``auto`` is the
 default. ``output`` judges each range by what a layer's outputs see over sampled rows, ``mse`` by a
-histogram.
+histogram. With `--metric N`, models of the zoo are scored on N development samples instead, in
+percent.
 """
 
 from __future__ import annotations
@@ -18,26 +19,36 @@ import torch
 import qgraph
 from benchmarks.__main__ import MODELS, fidelity
 from benchmarks.onnx_models import Case
+from benchmarks.zoo_models import METRICS
 from qgraph.report.text import table
 
 WAYS = ("minmax", "mse", "output", "auto")
 
 
-def sqnr(case: Case, run: Callable[..., Any]) -> float:
-    """Of the output."""
-    return fidelity(case, lambda batch: case.output(run(**batch)))["sqnr"]
+Score = Callable[[Callable[..., Any]], float]
 
 
-def measured(model: str, pipelines: list[str]) -> list[tuple[str, ...]]:
+def score_of(model: str, case: Case, images: int) -> Score:
+    """SQNR of the output, or the model's own metric on so many development samples."""
+    if images:
+        return lambda run: METRICS[model](run, "development", images)
+    return lambda run: fidelity(case, lambda batch: case.output(run(**batch)))["sqnr"]
+
+
+def measured(model: str, pipelines: list[str], images: int) -> list[tuple[str, ...]]:
     """One row per pipeline; the model is traced once."""
     case = MODELS[model](8)
+    score = score_of(model, case, images)
     traced = qgraph.trace(case.model, **case.calibration[0])
     found = {}
     for name, way in itertools.product(pipelines, WAYS):
         chosen = qgraph.pipeline(name, method=way)
         made = qgraph.compile(traced, case.calibration, chosen, verify=False, progress=False)
-        found[name, way] = sqnr(case, made.lower("reference"))
-    return [(model, name, *(f"{found[name, way]:.2f}" for way in WAYS)) for name in pipelines]
+        found[name, way] = score(made)
+    plain = f"{score(case.model):.2f}" if images else ""
+    return [
+        (model, name, plain, *(f"{found[name, way]:.2f}" for way in WAYS)) for name in pipelines
+    ]
 
 
 def main() -> None:
@@ -47,11 +58,16 @@ def main() -> None:
         "minilm", "vit", "unet", "swin", "zoo-ris", "zoo-vit", "zoo-sam", "zoo-sirst",
     ])  # fmt: skip
     parser.add_argument("--pipelines", nargs="+", default=["int8", "int6", "int4"])
+    parser.add_argument("--metric", type=int, default=0, help="development samples")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with torch.no_grad():
-        rows = [row for model in options.models for row in measured(model, options.pipelines)]
-    print(table(("model", "pipeline", *WAYS), rows))
+        rows = [
+            row
+            for model in options.models
+            for row in measured(model, options.pipelines, options.metric)
+        ]
+    print(table(("model", "pipeline", "float", *WAYS), rows))
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ def reconstructed(built: Pipeline) -> Pipeline:
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("", "any model: affine formats, ranges by what the outputs see", _int),
+        Family("", "any model: affine formats, ranges by what outputs see or by histograms", _int),
         Family("ris", "vision and text together: dual regions, outlier channels in groups", _ris),
         Family("sam", "promptable segmentation: one-sided or centred keys, softmax bases", _sam),
         Family("det", "detectors: filtered global loss, log-affine weights in the head", _det),
