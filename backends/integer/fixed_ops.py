@@ -252,8 +252,8 @@ LOWERINGS: dict[Any, Lowering] = {
     **dict.fromkeys((aten.abs.default, aten.neg.default), _abs_like),
     **dict.fromkeys(
         (
-            aten.cat.default, aten.max_pool2d.default, aten.amax.default, aten.maximum.default,
-            aten.minimum.default, aten.stack.default, aten.embedding.default,
+            aten.cat.default, aten.max_pool2d.default, aten.amax.default, aten.amin.default,
+            aten.maximum.default, aten.minimum.default, aten.stack.default, aten.embedding.default,
         ),
         _same,
     ),

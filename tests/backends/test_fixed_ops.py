@@ -82,6 +82,7 @@ OPS: dict[str, tuple[Any, ...]] = {
     "negative": (aten.neg.default, TOKENS), "softmax": (aten.softmax.int, TOKENS, -1),
     "softmax of another axis": (aten.softmax.int, TOKENS, 1),
     "maxima": (aten.amax.default, TOKENS, [1], True),
+    "minima": (aten.amin.default, TOKENS, [1], True),
     "larger one": (aten.maximum.default, TOKENS, BIAS),
     "smaller one": (aten.minimum.default, TOKENS, BIAS),
     "mean": (aten.mean.dim, TOKENS, [1]), "mean kept": (aten.mean.dim, IMAGE, [2, 3], True),
