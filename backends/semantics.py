@@ -230,10 +230,11 @@ def resamples_levels(module: GraphModule, node: Node) -> bool:
 
 
 def _cat(found: Semantics, node: Node) -> Role:
+    """Neither accumulators, which have no levels, nor what a table gives can come to a join."""
     parts: Any = node.args[0]
     levels = [found.levels.get(p) for p in parts]
     first = levels[0]
-    if any(p in found.functions or p in found.sources for p in parts) or first is None:
+    if first is None:
         return Role.FLOAT
     for item in levels:
         if item is None or item.axis is not None:

@@ -168,11 +168,9 @@ def centring_obstacle(site: AttentionSite, maps: ChannelMaps) -> str:
     path = path_to_projection(site.key)
     if found is None or path is None:
         return f"more than movement lies between key projection and logits: {_first_op(site.key)}"
-    labels, source = found[1], path[0]
-    query = path_to_projection(site.query)
+    labels = found[1]
     own = maps.channels(site.query)
-    same = query is not None and own is not None and query[0] is source
-    if same and own is not None and bool(torch.isin(own[1], labels).any()):
+    if own is not None and bool(torch.isin(own[1], labels).any()):
         return "queries and keys are the same value"
     for node, seen in maps.labels.events:
         if node is not site.logits and bool(torch.isin(seen, labels.to(seen.dtype)).any()):
