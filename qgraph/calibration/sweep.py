@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from qgraph.calibration.fused import FusedStatistics
+from qgraph.calibration.heap import Heap
 from qgraph.calibration.later import Later
 from qgraph.calibration.loader import Arguments, Signature, adapter
 from qgraph.calibration.ranks import Share
@@ -39,6 +40,7 @@ class _Run:
     mask: Tensor | None = None
     pending: list[tuple[Node, Tensor, list[int]]] = field(default_factory=list)
     later: Later = field(default_factory=Later)
+    heap: Heap = field(default_factory=Heap)
 
     def settle(self) -> None:
         """Do what waits, and read the counts of a device back, once per batch."""
@@ -70,6 +72,8 @@ class _Tap(nn.Module):
         self.sweep = run
 
     def forward(self, *values: Tensor) -> None:
+        if values[0].device.type == "cpu":
+            self.sweep.heap.passed(values[0].nbytes)
         if len(values) > 1:
             self.statistics.update_all(values)
             return
