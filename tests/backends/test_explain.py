@@ -106,6 +106,12 @@ def test_each_op_that_computes_has_a_row() -> None:
     found = {name: rows.get(node.name) for name, node in nodes.items()}
     assert found["permute"] is None
     assert found["mask"] is None
+    ops = {name: row.op for name, row in found.items() if row is not None}
+    assert ops == {
+        "linear": "linear", "relu": "elementwise", "gelu": "elementwise", "softmax": "softmax",
+        "tanh": "elementwise", "exp": "elementwise", "add": "add", "matmul": "matmul",
+        "sin": "elementwise",
+    }  # fmt: skip
     kernels = {name: row.kernel for name, row in found.items() if row is not None}
     assert kernels["relu"] == "folded"
     assert kernels["gelu"] == "table of 198"
@@ -126,6 +132,13 @@ def test_each_op_that_computes_has_a_row() -> None:
     assert cures["linear"] == cures["gelu"] == ""
     assert all(row.accumulator_bits is None for n, row in found.items() if row and n != "linear")
     assert all(row.dtypes == "" for row in rows.values())
+
+
+def test_ops_of_no_kind_are_named_as_torch_names_them() -> None:
+    b = SingleOp()
+    x = b.call(aten.cumsum.default, b.placeholder("x", torch.ones(2, 3)), 1)
+    (row,) = integer.lower(b.finish(x)).explain()
+    assert row.op == "cumsum.default"
 
 
 def test_the_fixed_point_mode_says_what_each_op_computes_in() -> None:

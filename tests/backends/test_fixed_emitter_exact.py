@@ -158,6 +158,19 @@ def test_matrices_of_codes_run_in_int8_and_all_else_on_levels(
     assert check(op, (x, grid), (w, stored), start, rest)[1].kernel == kernel
 
 
+@pytest.mark.parametrize(("shape", "weights"), [((3, 6), (6, 4)), ((2, 3, 6), (2, 6, 4))])
+def test_scales_along_the_contraction_shift_the_data_of_computed_operands(shape, weights) -> None:
+    grid, plain = by_axis(6, len(shape) - 1), coded(-128, 127, 9)
+    x, w = drawn(grid, shape, 5), drawn(plain, weights, 6)
+    check(aten.matmul.default, (x, grid), (w, plain), fixed=False)
+    for bits in (2**3, 2**7):  # scales of 1 and of that many
+        wide = AffineEncoding(
+            scale=torch.tensor([1.0, bits, 1.0, bits, bits, 1.0]) * 2.0**-14,
+            zero_point=torch.zeros(6), qmin=-128, qmax=127, axis=len(shape) - 1,
+        )  # fmt: skip
+        check(aten.matmul.default, (x, wide), (w, plain), fixed=False)
+
+
 @pytest.mark.parametrize(("columns", "dtype"), [(2**17 - 1, "int32"), (2**17, "int64")])
 def test_sums_of_exactly_two_to_the_31_take_64_bits(columns: int, dtype: str) -> None:
     grid = coded(-128, 127)
