@@ -37,10 +37,12 @@ def write_page(saved: Row) -> None:
     _, _, after = rest.partition(END)
     host = saved["host"]
     versions = ", ".join(f"{name} {v}" for name, v in host["versions"].items())
-    rounds = [row.get("rounds", 0) for m in saved["models"].values() for row in m["peers"].values()]
+    each = {row.get("rounds", 0) for m in saved["models"].values() for row in m["peers"].values()}
+    rounds = sorted(each - {0})  # rows that failed have none
     batches = sorted({m["batches"] for m in saved["models"].values()})
     told = (
-        f"Rounds: {max(rounds)}; calibration batches: {', '.join(map(str, batches))}. "
+        f"Rounds: {', '.join(map(str, rounds))}; "
+        f"calibration batches: {', '.join(map(str, batches))}. "
         f"{host['machine']} ({host['capability']}), {host['cores']} cores, "
         f"{host['threads']} thread; {versions}."
     )
