@@ -124,6 +124,7 @@ def _test(tests: Sequence[str], copy: Path, log: Path, seconds: int) -> None:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.environ["PYTHONPATH"] = str(copy)
+        os.environ["HYPOTHESIS_PROFILE"] = "unshrunk"
         sys.dont_write_bytecode = True
         sys.path[:] = [str(copy), *(p for p in sys.path if p and Path(p) != ROOT)]
         for name in [n for n in sys.modules if n.split(".")[0] in {"qgraph", "tests"}]:
