@@ -35,14 +35,14 @@ def score_of(model: str, case: Case, images: int) -> Score:
     return lambda run: fidelity(case, lambda batch: case.output(run(**batch)))["sqnr"]
 
 
-def measured(model: str, pipelines: list[str], images: int) -> list[tuple[str, ...]]:
+def measured(model: str, pipelines: list[str], scope: str, images: int) -> list[tuple[str, ...]]:
     """One row per pipeline; the model is traced once."""
     case = MODELS[model](8)
     score = score_of(model, case, images)
     traced = qgraph.trace(case.model, **case.calibration[0])
     found = {}
     for name, way in itertools.product(pipelines, WAYS):
-        chosen = qgraph.pipeline(name, method=way)
+        chosen = qgraph.pipeline(name, method=way, scope=scope)
         made = qgraph.compile(traced, case.calibration, chosen, verify=False, progress=False)
         found[name, way] = score(made)
     plain = f"{score(case.model):.2f}" if images else ""
@@ -58,6 +58,7 @@ def main() -> None:
         "minilm", "vit", "unet", "swin", "zoo-ris", "zoo-vit", "zoo-sam", "zoo-sirst",
     ])  # fmt: skip
     parser.add_argument("--pipelines", nargs="+", default=["int8", "int6", "int4"])
+    parser.add_argument("--scope", choices=("full", "linear"), default="full")
     parser.add_argument("--metric", type=int, default=0, help="development samples")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -65,7 +66,7 @@ def main() -> None:
         rows = [
             row
             for model in options.models
-            for row in measured(model, options.pipelines, options.metric)
+            for row in measured(model, options.pipelines, options.scope, options.metric)
         ]
     print(table(("model", "pipeline", "float", *WAYS), rows))
 

@@ -52,7 +52,7 @@ class ChooseRanges(Pass):
         method: ``"output"`` minimises the error of the consuming layers' outputs over sampled
             rows (a plain MSE clip can be worse than min-max: a few large entries meet large
             weights) and falls back to ``"mse"`` where the consumer has no stored weight;
-            ``"auto"`` takes it where sampled rows tell enough (see `judging_weight`), else
+            ``"auto"`` takes it where sampled rows tell enough (see `rows_tell_enough`), else
             ``"mse"`` over the histogram; or ``"minmax"``, ``"percentile"``, ``"entropy"``.
             `python -m benchmarks.range_methods` compares them.
         rows: sampled rows per value where outputs judge.
@@ -82,7 +82,7 @@ class ChooseRanges(Pass):
     def statistics(self, module: GraphModule, context: Context) -> Iterable[Request]:  # noqa: D102
         for (value, _), sites in context.plan.by_value(undecided_only=True).items():
             yield Request(value, "Range")
-            by_output = self._judging_weight(module, sites) is not None
+            by_output = self._outputs_judge(sites)
             added = any(site.kind is OpKind.ADD for site in sites)
             if self.method != "minmax" and (not by_output or added):
                 yield Request(value, "Histogram")
@@ -111,10 +111,10 @@ class ChooseRanges(Pass):
                 site.decide(encoding, self.name, f"{how} range [{low:.4g}, {high:.4g}]")
         return False
 
-    def _judging_weight(self, module: GraphModule, sites: list[Site]) -> Tensor | None:
+    def _outputs_judge(self, sites: list[Site]) -> bool:
         if self.method == "auto":
-            return judging_weight(module, sites)
-        return output_weight(module, sites) if self.method == "output" else None
+            return rows_tell_enough(sites)
+        return self.method == "output" and any(map(stored_weight, sites))
 
     def _doubt(self, context: Context, value: Node) -> None:
         """Tell of data that no range can serve; the median shows what is usual."""
@@ -134,13 +134,10 @@ class ChooseRanges(Pass):
         seen = context.statistics[value]
         extrema = seen.range()
         effort = effort_for(bits, self.brief_from)
-        weight = self._judging_weight(module, sites)
-        if (
-            self.method == "auto"
-            and seen.find(Reservoir if weight is not None else Histogram) is None
-        ):
-            # other bits than those that calibration asked for: what it did ask for judges
-            weight = output_weight(module, sites) if weight is None else None
+        by_output = self._outputs_judge(sites)
+        if self.method == "auto" and seen.find(Reservoir if by_output else Histogram) is None:
+            by_output = not by_output  # bits changed since calibration: what it asked for judges
+        weight = output_weight(module, sites) if by_output else None
         if weight is not None:
             rows = seen.get(Reservoir, rows=self.rows).sampled()
             low, high = extrema.bounds()
@@ -194,8 +191,8 @@ def relative_power(sites: Sequence[Site]) -> float:
     return 1.5 if all(is_normalised_after(site.edge.consumer) for site in sites) else 0.0
 
 
-def judging_weight(module: GraphModule, sites: list[Site]) -> Tensor | None:
-    """The weights whose outputs judge a range best; None where its histogram does.
+def rows_tell_enough(sites: list[Site]) -> bool:
+    """Whether a range is better judged by layers' outputs over sampled rows than by a histogram.
 
     Sampled rows show the bulk, not what is rare: a tiny target is in none of them, and a clip that
     removes it looks free. That does no harm where errors count relative to their row, or where
@@ -203,11 +200,9 @@ def judging_weight(module: GraphModule, sites: list[Site]) -> Tensor | None:
     thousand are sampled, and from 8 bits on.
     """
     if not any(map(stored_weight, sites)):
-        return None
+        return False
     rare_decides = any(site.kind is OpKind.CONV or site.bits >= WIDE for site in sites)
-    if rare_decides and not relative_power(sites):
-        return None
-    return output_weight(module, sites)
+    return not rare_decides or relative_power(sites) > 0
 
 
 def output_weight(module: GraphModule, sites: list[Site]) -> Tensor | None:

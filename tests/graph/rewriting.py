@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from qgraph.graph.build import insert_call
 from qgraph.graph.canonicalize import canonicalize
 from qgraph.graph.drop_noops import drop_asserts
 from qgraph.graph.trace import trace
 from qgraph.graph.verify import Sample, record_values
-from tests.graph.sketch import Sketch
+from tests.graph.sketch import Sketch, aten
 
 Rewrite = Callable[[GraphModule], bool]
 Draw = Callable[[Sketch], Node]
@@ -110,3 +111,18 @@ def rewritten(draw: Draw, rewrite: Rewrite, *, changes: bool) -> Counter[str]:
         if node.op == "call_function" and node.name in values:
             assert tuple(node.meta["val"].shape) == tuple(values[node.name].shape), node
     return ops(module)
+
+
+def node(module: GraphModule, name: str) -> Node:
+    """The first one whose name begins so."""
+    return next(n for n in module.graph.nodes if n.name.startswith(name))
+
+
+def times(module: GraphModule, factor: float, *, after: str = "relu") -> None:
+    """Multiply a value by a factor, for all that read it."""
+    source = node(module, after)
+    users = list(source.users)
+    new = insert_call(module, aten.mul.Tensor, source, factor, like=source)
+    for user in users:
+        user.replace_input_with(source, new)
+    module.recompile()

@@ -58,7 +58,7 @@ def frame(file: str, line: int, function: str, code: str) -> str:
 @pytest.mark.parametrize(
     ("file", "own"),
     [
-        ("/home/me/model.py", True), (f"{TORCH}/nn/modules/linear.py", False),
+        ("/elsewhere/model.py", True), (f"{TORCH}/nn/modules/linear.py", False),
         (f"{QGRAPH}/graph/trace.py", False), ("<eval_with_key>.1", False), ("<string>", False),
         (f"{TORCH}vision/models/resnet.py", True), (f"{QGRAPH}_nets/net.py", True),
         (str(Path(QGRAPH).parent / "net.py"), True), ("model.py", True),

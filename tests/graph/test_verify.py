@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from qgraph.errors import PassError, VerificationError
 from qgraph.graph.build import insert_call
@@ -29,6 +29,7 @@ from qgraph.graph.verify import (
     structure,
     where,
 )
+from tests.graph.rewriting import node, times
 from tests.graph.sketch import Sketch, aten
 
 IDENTICAL, CLOSE = Claim("p", "the same", 0.0), Claim("p", "nearly the same", 1e-3)
@@ -43,20 +44,6 @@ def drawn() -> tuple[GraphModule, Sample]:
     y = s.call(aten.mul.Tensor, s.call(aten.relu.default, s.linear(x, 4)), 2.0)
     last = s.linear(x, 2, name="other")
     return s.returns(y, s.call(aten.sum.default, y), last), Sample((torch.randn(2, 3),))
-
-
-def node(module: GraphModule, name: str) -> Node:
-    return next(n for n in module.graph.nodes if n.name.startswith(name))
-
-
-def times(module: GraphModule, factor: float, *, after: str = "relu") -> None:
-    """Multiply a value by a factor, for all that read it."""
-    source = node(module, after)
-    users = list(source.users)
-    new = insert_call(module, aten.mul.Tensor, source, factor, like=source)
-    for user in users:
-        user.replace_input_with(source, new)
-    module.recompile()
 
 
 @pytest.mark.parametrize(

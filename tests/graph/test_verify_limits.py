@@ -10,11 +10,10 @@ import operator
 
 import pytest
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from qgraph.errors import PassError, VerificationError
 from qgraph.graph import verify
-from qgraph.graph.build import insert_call
 from qgraph.graph.verify import (
     Claim,
     Sample,
@@ -24,6 +23,7 @@ from qgraph.graph.verify import (
     difference_in_double,
     first_difference,
 )
+from tests.graph.rewriting import node, times
 from tests.graph.sketch import Sketch, aten
 
 ANYTHING = Claim("p", "anything", None)
@@ -37,19 +37,6 @@ def drawn() -> tuple[GraphModule, Sample]:
     swapped = s.call(aten.cat.default, [s.call(operator.getitem, halves, i) for i in (1, 0)], 1)
     scaled = s.call(aten.mul.Tensor, swapped, s.stored(torch.ones(4), "weight"))
     return s.returns(s.call(aten.relu.default, scaled)), Sample((torch.arange(8.0).view(2, 4),))
-
-
-def named(module: GraphModule, name: str) -> Node:
-    return next(n for n in module.graph.nodes if n.name == name)
-
-
-def times(module: GraphModule, factor: float, after: str) -> None:
-    source = named(module, after)
-    users = list(source.users)
-    new = insert_call(module, aten.mul.Tensor, source, factor, like=source)
-    for user in users:
-        user.replace_input_with(source, new)
-    module.recompile()
 
 
 ABOVE, BEYOND = math.nextafter(0.5, 1.0), math.nextafter(50.0, 99.0)
@@ -70,7 +57,7 @@ def test_a_promise_holds_up_to_its_limit_and_in_double_up_to_a_hundred_of_them(
 ):
     module, sample = drawn()
     verifier = Verifier(module, sample)
-    times(module, 1.0, "relu_default")
+    times(module, 1.0)
     doubled: list[object] = []
     monkeypatch.setattr(verify, "difference", lambda *_: largest)
 
@@ -94,7 +81,7 @@ def test_a_promise_holds_up_to_its_limit_and_in_double_up_to_a_hundred_of_them(
 def test_one_infinite_element_is_enough_to_name_the_node_that_made_it() -> None:
     module, sample = drawn()
     verifier = Verifier(module, sample)
-    times(module, 1e38, "cat_default")
+    times(module, 1e38, after="cat")
     with pytest.raises(VerificationError, match=r"\(output 0\); first at mul_tensor_1\n") as caught:
         verifier.after(ANYTHING, module, changed=True)
     assert caught.value.node == "mul_tensor_1"
@@ -118,7 +105,7 @@ def test_a_stored_tensor_with_an_infinite_element_is_named_itself() -> None:
 def test_malformed_graphs_are_reported_with_the_pass_that_made_them() -> None:
     module, sample = drawn()
     verifier = Verifier(module, sample)
-    del named(module, "relu_default").meta["val"]
+    del node(module, "relu_default").meta["val"]
     with pytest.raises(PassError, match=r"^p: relu_default carries no metadata") as caught:
         verifier.after(ANYTHING, module, changed=True)
     assert (caught.value.pass_name, caught.value.node) == ("p", "relu_default")
@@ -167,10 +154,10 @@ def test_neighbours_that_change_places_change_the_checksum() -> None:
 
 def test_a_difference_of_exactly_what_is_allowed_is_passed_over() -> None:
     before, after = (drawn()[0] for _ in range(2))
-    times(after, 1.25, "relu_default")
+    times(after, 1.25)
     sample = Sample((torch.tensor([[1.0, 2.0, 4.0, 8.0]] * 2),))
     assert difference([after(*sample.args) / 1.25], [after(*sample.args)]) == 0.25
-    times(before, 1.0, "relu_default")
+    times(before, 1.0)
     found, error = first_difference(before, after, sample, 0.25)
     assert found is None
     assert math.isnan(error)
