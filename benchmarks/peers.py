@@ -73,10 +73,11 @@ def _on_names(case: Case, module: Callable[..., Any]) -> Run:
 def qgraph_int8(case: Case, clock: Clock, scope: str = "full") -> Run:
     """This toolkit's default pipeline; replays after each pass are off, as peers have none."""
     import qgraph
+    from qgraph.graph.trace import trace_sharing
 
     chosen = qgraph.pipeline("int8", scope=scope)
-    with clock.stage("trace"):
-        traced = qgraph.trace(case.model, **case.calibration[0])
+    with clock.stage("trace"):  # as compile() does it: qgraph.trace() copies the parameters
+        traced = trace_sharing(case.model, (), case.calibration[0])
     with clock.stage("compile"):
         made = qgraph.compile(traced, case.calibration, chosen, verify=False, progress=False)
     return _on_names(case, made.graph_module)

@@ -97,13 +97,14 @@ def weight_parameters(
     """
     grid = IntGrid(bits, signed, narrow)
     rows = weight.detach().movedim(axis, 0).flatten(1).float()
-    if not bool(torch.isfinite(rows).all()):
+    low, high = rows.amin(1), rows.amax(1)
+    if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
         bad = int((~torch.isfinite(rows)).sum())
         msg = f"weight {list(weight.shape)} holds {bad} non-finite values"
         raise ConfigError(msg)
     importance = None if second_moment is None else _importance(second_moment, rows)
     how = _How(symmetric=symmetric, norm=norm, importance=importance)
-    low, high = rows.amin(1).clamp(max=0.0), rows.amax(1).clamp(min=0.0)
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     if symmetric and signed:
         high = torch.maximum(high, -low)
         low = torch.zeros_like(low) if narrow else low

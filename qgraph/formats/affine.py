@@ -71,7 +71,7 @@ def affine_encode(
     """Codes ``clamp(round(x / s) + z, qmin, qmax)``, computed in fp32."""
     s = expand(scale, axis, block, x.shape)
     z = expand(zero_point, axis, block, x.shape)
-    codes = torch.round(x.to(torch.float32) / s)
+    codes = (x.to(torch.float32) / s).round_()
     if qmax >= 2**24:  # the limits themselves would be rounded in fp32
         codes = codes.to(torch.float64)
     return codes.add_(z).clamp_(qmin, qmax).to(code_dtype(qmin, qmax))

@@ -93,12 +93,17 @@ FINE = {
     "infinite buffers": {"b": torch.tensor([INF, -INF])},
     "integers": {"p": torch.tensor([1, 2]), "b": torch.tensor([True])},
     "complex": {"p": torch.tensor([1 + 2j])},
+    "8-bit floats": {"p": torch.tensor([1.0, -2.0]).to(torch.float8_e5m2)},
+    "empty": {"p": torch.empty(0, 3)},
     "nothing": {},
 }
 BAD = {
     "1 of 2 values of 'p' are NaN or infinite": {"p": torch.tensor([1.0, INF])},
     "2 of 3 values of 'p' are NaN or infinite": {"p": torch.tensor([NAN, 0.0, -INF])},
     "1 of 1 values of 'p' are NaN or infinite": {"p": torch.tensor([complex(0, INF)])},
+    "1 of 2 values of 'p' are NaN or infinite;": {
+        "p": torch.tensor([1, NAN]).to(torch.float8_e5m2)
+    },
     "1 of 3 values of 'b' are NaN;": {"b": torch.tensor([INF, NAN, 0.0])},
     "1 of 1 values of 'b' are NaN;": {"b": torch.tensor([complex(0, NAN)])},
     "'b' is on the meta device": {"p": torch.ones(1), "b": torch.ones(1, device="meta")},
