@@ -16,7 +16,7 @@ from qgraph.calibration import FusedStatistics
 from qgraph.calibration.logit_error import (
     Operands,
     logit_error,
-    observed_values,
+    operand_requests,
     operands_of,
 )
 from qgraph.calibration.operand_channels import (
@@ -60,11 +60,7 @@ class CenterKeys(Pass):
     force_centring: bool = False
 
     def statistics(self, module: GraphModule, context: Context) -> Iterable[Request]:  # noqa: D102
-        maps = channel_maps(module)
-        for value in observed_values(maps, context.plan):
-            view = view_of(maps, value)
-            if view is not None:
-                yield from view.requests()
+        return operand_requests(channel_maps(module), context.plan)
 
     def run(self, module: GraphModule, context: Context) -> bool:  # noqa: D102
         maps = channel_maps(module)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -15,6 +16,14 @@ def intersection_and_union(predicted: Tensor, target: Tensor) -> tuple[Tensor, T
     """Return pixel counts int64 [B] each, of bool masks [B, ...]."""
     predicted, target = predicted.flatten(1), target.flatten(1)
     return (predicted & target).sum(1), (predicted | target).sum(1)
+
+
+class MaskResult(TypedDict):
+    """Mean IoU over samples, pooled IoU, and every sample's IoU in order."""
+
+    miou: float
+    oiou: float
+    per_sample: list[float]
 
 
 @dataclass
@@ -50,6 +59,10 @@ class MaskScores:
     def oiou(self) -> float:
         """Return the pooled IoU: summed intersections over summed unions."""
         return sum(self.intersections) / max(sum(self.unions), 1)
+
+    def result(self) -> MaskResult:
+        """Return all of it as plain values."""
+        return {"miou": self.miou, "oiou": self.oiou, "per_sample": self.per_sample}
 
 
 @dataclass(frozen=True)

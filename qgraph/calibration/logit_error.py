@@ -7,7 +7,7 @@ same for all keys does not reach the softmax, so only the spread of k around its
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from qgraph.graph.attention_sites import AttentionSite
 from qgraph.graph.channel_maps import ChannelMaps
 from qgraph.graph.edges import Edge
 from qgraph.graph.plan import Plan
+from qgraph.graph.requests import Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,3 +89,10 @@ def observed_values(maps: ChannelMaps, plan: Plan) -> list[Node]:
     for item in maps.sites:
         values |= dict.fromkeys((item.site.query, item.site.key))
     return [value for value in values if maps.channels(value) is not None]
+
+
+def operand_requests(maps: ChannelMaps, plan: Plan) -> Iterator[Request]:
+    """Statistics by channel of all queries and keys, what `operands_of` reads."""
+    views = (view_of(maps, value) for value in observed_values(maps, plan))
+    for view in filter(None, views):
+        yield from view.requests()

@@ -81,8 +81,8 @@ def _of(room: tuple[str, str], *pairs: tuple[str, str]) -> tuple[Mutant, ...]:
 MUTANTS: tuple[Mutant, ...] = (
     *_of(
         AFFINE,
-        ("torch.round(x.to(torch.float32) / s)", "torch.floor(x.to(torch.float32) / s + 0.5)"),
-        ("torch.round(x.to(torch.float32) / s)", "torch.round(x.to(torch.float32) * (1 / s))"),
+        ("(x.to(torch.float32) / s).round_()", "(x.to(torch.float32) / s + 0.5).floor_()"),
+        ("(x.to(torch.float32) / s).round_()", "(x.to(torch.float32) * (1 / s)).round_()"),
         (".add_(z).clamp_(qmin, qmax)", ".clamp_(qmin, qmax).add_(z)"),
         (".add_(z).clamp_(qmin, qmax)", ".clamp_(qmin, qmax)"),
         (".add_(z).clamp_(qmin, qmax)", ".sub_(z).clamp_(qmin, qmax)"),

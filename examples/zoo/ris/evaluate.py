@@ -6,14 +6,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypedDict
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from examples.zoo.log import append
-from examples.zoo.metrics import MaskScores, bootstrap
+from examples.zoo.metrics import MaskResult, MaskScores, bootstrap
 from examples.zoo.ris.data import batches
 from examples.zoo.ris.weights import load_model
 from examples.zoo.splits import SPLITS, Split
@@ -21,24 +20,16 @@ from examples.zoo.splits import SPLITS, Split
 LOG = Path(__file__).parent / "evaluation_log.jsonl"
 
 
-class Result(TypedDict):
-    """Mean IoU over samples, pooled IoU, and every sample's IoU in order."""
-
-    miou: float
-    oiou: float
-    per_sample: list[float]
-
-
 @torch.no_grad()
 def evaluate(
     model: Callable[..., Tensor], split: Split, num_samples: int, *, batch_size: int = 32
-) -> Result:
+) -> MaskResult:
     """Score `model(pixel_values=, input_ids=, attention_mask=) -> logits [B, 1, H, W]`."""
     scores = MaskScores.empty()
     total = -(-num_samples // batch_size)
     for inputs, masks in tqdm(batches(split, num_samples, batch_size), total=total, leave=False):
         scores.add(model(**inputs) > 0, masks)
-    return {"miou": scores.miou, "oiou": scores.oiou, "per_sample": scores.per_sample}
+    return scores.result()
 
 
 def main() -> None:

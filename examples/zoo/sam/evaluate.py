@@ -5,27 +5,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from examples.zoo.log import append
-from examples.zoo.metrics import MaskScores, bootstrap
+from examples.zoo.metrics import MaskResult, MaskScores, bootstrap
 from examples.zoo.sam.data import Prompt, batches
 from examples.zoo.sam.model import best_mask
 from examples.zoo.sam.weights import WEIGHTS, load_model
 from examples.zoo.splits import SPLITS, Split
 
 LOG = WEIGHTS.with_name("evaluation_log.jsonl")
-
-
-class Result(TypedDict):
-    """Mean IoU over samples, pooled IoU, and every sample's IoU in order."""
-
-    miou: float
-    oiou: float
-    per_sample: list[float]
 
 
 @torch.no_grad()
@@ -36,12 +27,12 @@ def evaluate(
     *,
     batch_size: int = 32,
     prompt: Prompt = "mixed",
-) -> Result:
+) -> MaskResult:
     """Score `model(pixel_values=, points=, labels=) -> (masks, quality)` by its best candidate."""
     scores = MaskScores.empty()
     for inputs, masks in batches(split, num_samples, batch_size, prompt=prompt):
         scores.add(best_mask(*model(**inputs)), masks)
-    return {"miou": scores.miou, "oiou": scores.oiou, "per_sample": scores.per_sample}
+    return scores.result()
 
 
 def main() -> None:
