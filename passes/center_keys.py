@@ -18,6 +18,7 @@ from qgraph.calibration.logit_error import (
     logit_error,
     operand_requests,
     operands_of,
+    share_saved,
 )
 from qgraph.calibration.operand_channels import (
     OperandChannels,
@@ -90,7 +91,7 @@ class CenterKeys(Pass):
         if not self.force_centring and not item.refusal and self._signs_follow(context):
             flipped = negative_classes([found.key], maps.classes)
             rival = logit_error(folded(found, maps.classes, flipped), method).total
-        gain = 1.0 - after.total / max(before.total, 1e-300)
+        gain = share_saved(before.total, after.total)
         worth = self.force_centring or (gain >= self.min_gain and after.total <= rival)
         text = f"expected squared error of the logits changes by {-100 * gain:+.1f}%"
         if not worth:

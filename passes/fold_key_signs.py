@@ -20,6 +20,7 @@ from qgraph.calibration.logit_error import (
     observed_values,
     operand_requests,
     operands_of,
+    share_saved,
 )
 from qgraph.calibration.operand_channels import OperandChannels, view_of
 from qgraph.context import Context
@@ -90,7 +91,7 @@ class FoldKeySigns(Pass):
         method = range_method(context, self.key_method)
         before = [logit_error(found, method) for _, found in group]
         after = [logit_error(folded(found, classes, flipped), method) for _, found in group]
-        gain = 1.0 - sum(e.total for e in after) / max(sum(e.total for e in before), 1e-300)
+        gain = share_saved(sum(e.total for e in before), sum(e.total for e in after))
         worth = bool(flipped) and (self.force_signs or gain >= self.min_gain)
         reason = _reason(worth, bool(flipped), gain, self.min_gain)
         for (item, found), was, now in zip(group, before, after, strict=True):

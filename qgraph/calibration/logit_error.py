@@ -7,6 +7,7 @@ same for all keys does not reach the softmax, so only the spread of k around its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +82,16 @@ def logit_error(found: Operands, method: str) -> LogitError:
         _, query_error = found.query.encoding(found.query_bits, method)
         total += query_error * float(found.key.moments()[1].mean())
     return LogitError(total, key_error, key_encoding)
+
+
+def share_saved(before: float, after: float) -> float:
+    """The share of an error that goes: 1 all of it, 0 none, negative where it grows.
+
+    Where there was none, nothing is saved.
+    """
+    if before == 0.0:
+        return 0.0 if after == 0.0 else -math.inf
+    return 1.0 - after / before
 
 
 def observed_values(maps: ChannelMaps, plan: Plan) -> list[Node]:
