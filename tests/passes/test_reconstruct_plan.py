@@ -141,6 +141,18 @@ def test_what_is_supervised_follows_the_weights_and_the_loss(options, loss, targ
     assert (found.tuning.global_weight, found.tuning.global_every) == wanted
 
 
+@pytest.mark.parametrize("target", ["features", "logits"])
+def test_where_no_product_is_last_nothing_is_supervised(target):
+    """An embedding has a weight and is no product; a network may have no weights at all."""
+    found = work(ReconstructBlocks(global_weight=1.0, global_target=target))
+    assert len(found._targets()) == 1
+    region = found.regions[-1]
+    looked_up = next(n.name for n in found.exact.graph.nodes if n.name.startswith("softmax"))
+    for weights in ((), (*region.weights, looked_up)):
+        found.regions = [dataclasses.replace(region, weights=weights)]
+        assert found._targets() == ()
+
+
 @pytest.mark.parametrize("granularity", ["layer", "block"])
 def test_every_quantizer_is_learned_in_one_region_and_every_seed_is_another(granularity):
     calls, trainables, context = planned(ReconstructBlocks(granularity, rounding="ste"))
