@@ -153,7 +153,7 @@ class AssignBits(Pass):
                 + sum(unit.costs(unit.pinned or bits)[resource] for unit in units.units)
                 for bits in ends
             )
-            if low > 0:
+            if low:
                 limit = low * (high / low) ** self.effort * (1 + 1e-9)
                 limits[resource] = min(limit, limits.get(resource, math.inf))
         return limits
@@ -244,7 +244,7 @@ class AssignBits(Pass):
                     for width, omega in omegas.items()
                 ]
         real = answer.costs | {"activations": stored_bytes(module, context.plan)}
-        used = {r: round(real[r] / whole, 5) for r, whole in units.floats.items() if whole > 0}
+        used = {r: round(real[r] / whole, 5) for r, whole in units.floats.items() if whole}
         context.record(
             self.name, "network", "applied", f"mode {answer.mode}, shares of the float network",
             omega=answer.omega, gap=answer.gap, **used,

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -135,7 +134,7 @@ class UseDualRegions(Pass):
             error = float(expected.min()) / signal
             other = float(expected_error(bins, grid, *ends)) / signal
         else:
-            short = shortlist(candidates, expected)
+            short = candidates if softmax_behind(value) else shortlist(candidates, expected)
             scored = [(score(each), at) for at, each in enumerate(short)]
             error, at = min(scored)
             best, other = short[at], score(affine_encoding(*affine, bits))
@@ -226,17 +225,13 @@ def rectified_candidates(bits: int, shifts: Iterable[int], high: float) -> list[
 
 
 def shortlist(candidates: list[LevelEncoding], expected: Tensor) -> list[LevelEncoding]:
-    """Per clip the split of the smallest expected error.
+    """Per clip the split of the smallest expected error, of all clips of each split in turn.
 
     The histogram alone must not choose the clip: it hardly sees the few large values on which
     the consumer's output depends.
     """
-    best: dict[float, int] = {}
-    for at, each in enumerate(candidates):
-        top = round(math.log2(float(each.scale) * int(each.levels[-1])), 3)
-        if top not in best or expected[at] < expected[best[top]]:
-            best[top] = at
-    return [candidates[at] for at in best.values()] if len(best) > 1 else candidates
+    best = expected.reshape(-1, TOPS).argmin(0).tolist()
+    return [candidates[split * TOPS + clip] for clip, split in enumerate(best)]
 
 
 def row_request(value: Node, sites: Sequence[Site], rows: int) -> Request:
@@ -297,7 +292,9 @@ def row_weights(energy: Tensor, power: float) -> Tensor:
     their row there; without this a few massive rows decide alone. Power 0 weighs all rows alike.
     """
     loud = energy[energy > energy.amax() * SILENT]
-    middle = (loud.median() if loud.numel() else energy.amax()).clamp(min=1e-30)
+    if not loud.numel():
+        return torch.ones_like(energy)
+    middle = loud.median()
     weights: Tensor = (middle / (energy + middle)) ** power
     return weights
 

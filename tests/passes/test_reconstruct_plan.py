@@ -13,7 +13,7 @@ from torch.fx import Interpreter
 
 from qgraph.calibration.filtered_loss import TeacherStudent
 from qgraph.calibration.region_problem import Outcome
-from qgraph.calibration.streams import ROW_MASK
+from qgraph.calibration.streams import ROW_MASK, read
 from qgraph.errors import ConfigError
 from qgraph.graph.build import shallow_copy
 from qgraph.graph.dialect import encoding_of, is_quantize
@@ -34,6 +34,13 @@ class Call:
     def __init__(self, problem: Any, tuning: Any, options: dict[str, Any]) -> None:
         self.problem, self.tuning, self.options = problem, tuning, options
         self.held = {name for b in problem.streams.exact.buckets for name in b.values}
+        ((exact, quantized),) = zip(
+            problem.streams.exact.buckets, problem.streams.quantized.buckets, strict=True
+        )
+        self.inputs = {
+            name: tuple(read(b, exact, name, slice(None)).clone() for b in (exact, quantized))
+            for name in problem.ports.inputs if name not in exact.shared
+        }  # fmt: skip
 
 
 def planned(item: ReconstructBlocks, *, steps: range = range(0), **options: Any) -> Any:
@@ -78,21 +85,12 @@ def test_the_float_rest_of_the_network_gives_its_targets_from_what_a_region_give
     loss = DIVERGENCE if target == "objective" else None
     named = "features" if target == "objective" else target
     found = work(ReconstructBlocks(granularity, global_weight=1.0, global_target=named), loss=loss)
-    values: dict[str, Any] = {}
-
-    class Recorder(Interpreter):
-        def run_node(self, n: Any) -> Any:
-            values[n.name] = super().run_node(n)
-            return values[n.name]
-
-    x = data()[0][:3]
-    with torch.no_grad():
-        outcome = Recorder(found.exact).run(x)
+    values = values_of(found.exact, data()[0][:3])
     (end,) = found.targets
     head = [n.name for n in found.exact.graph.nodes if n.name.startswith("linear")][-1]
     assert end == (head if target != "features" else values_name(found, head))
     if target != "features":
-        assert torch.equal(values[end], outcome)
+        assert torch.equal(values[end], *values["output"])
     made_in = next(i for i, r in enumerate(found.regions) if end in r.nodes)
     for number, region in enumerate(found.regions):
         judged = tuple(n for n in region.outputs if n in region.moving)
@@ -113,6 +111,35 @@ def test_the_float_rest_of_the_network_gives_its_targets_from_what_a_region_give
         assert torch.equal(got, values[end])
         entries = [n for n in suffix.run.graph.nodes if n.op == "placeholder"]  # type: ignore[attr-defined]
         assert all(n.users for n in entries)
+
+
+def values_of(module: Any, x: Any) -> dict[str, Any]:
+    """What every node of a graph gives."""
+    values: dict[str, Any] = {}
+
+    class Recorder(Interpreter):
+        def run_node(self, n: Any) -> Any:
+            values[n.name] = super().run_node(n)
+            return values[n.name]
+
+    with torch.no_grad():
+        Recorder(module).run(x)
+    return values
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_a_region_is_tuned_on_what_both_networks_give_before_it(granularity):
+    item = ReconstructBlocks(granularity)
+    calls, _, _ = planned(item)
+    wanted = [values_of(module, torch.cat(data())) for module in (work(item).exact, inserted()[0])]
+    moved = 0
+    for call in calls:
+        assert call.inputs
+        for name, (exact, quantized) in call.inputs.items():
+            torch.testing.assert_close(exact, wanted[0][name])
+            torch.testing.assert_close(quantized, wanted[1][name])
+            moved += not torch.allclose(exact, quantized)
+    assert moved >= len(calls) - 1, "all but the first read values that quantization moved"
 
 
 def values_name(found: _Work, head: str) -> str:
@@ -139,6 +166,18 @@ def test_what_is_supervised_follows_the_weights_and_the_loss(options, loss, targ
     assert (found.objective is not None) is judged
     wanted = (1.0, 2) if judged else (item.global_weight, 4)
     assert (found.tuning.global_weight, found.tuning.global_every) == wanted
+
+
+@pytest.mark.parametrize("target", ["features", "logits"])
+def test_where_no_product_is_last_nothing_is_supervised(target):
+    """An embedding has a weight and is no product; a network may have no weights at all."""
+    found = work(ReconstructBlocks(global_weight=1.0, global_target=target))
+    assert len(found._targets()) == 1
+    region = found.regions[-1]
+    looked_up = next(n.name for n in found.exact.graph.nodes if n.name.startswith("softmax"))
+    for weights in ((), (*region.weights, looked_up)):
+        found.regions = [dataclasses.replace(region, weights=weights)]
+        assert found._targets() == ()
 
 
 @pytest.mark.parametrize("granularity", ["layer", "block"])
