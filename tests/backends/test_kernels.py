@@ -100,6 +100,12 @@ def test_lookups_keep_shape_and_layout(dtype: torch.dtype) -> None:
     assert LOOKUP(table, last).is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="the processor sums in 16 bits")
+def test_processors_that_sum_bytes_in_32_bits_have_exact_kernels() -> None:
+    # else the tests above, and with them all that runs in int8, would be skipped in silence
+    assert has_exact_u8_kernels()
+
+
 def test_kernels_count_as_exact_only_if_both_give_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     probe = has_exact_u8_kernels.__wrapped__
     right = probe()
