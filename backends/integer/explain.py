@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
+from qgraph.backends.products import shifted_weight
 from qgraph.backends.semantics import Role, Semantics
 from qgraph.graph.dialect import is_quantize
 from qgraph.graph.ops import OpKind, kind
@@ -198,15 +199,15 @@ def _entries(semantics: Semantics, node: Node) -> int:
 
 def _saturates(form: ProductForm) -> bool:
     """Whether two neighbouring products could leave 16 bits (weights [N, K], uint8 data)."""
-    if form.weight_levels is None or kind(form.node) is not OpKind.LINEAR:
-        return form.weight_levels is not None and _largest(form) * 2 * 255 > PAIR_LIMIT
-    weight = form.weight_levels.to(torch.int32)
+    weight = form.weight_levels
+    if weight is None:
+        return False
+    if form.shift is not None:
+        weight = shifted_weight(form.node, weight, form.shift)
+    weight = weight.to(torch.int64)
+    if kind(form.node) is not OpKind.LINEAR:
+        return int(weight.abs().max()) * 2 * 255 > PAIR_LIMIT
     even = weight[:, : weight.shape[1] // 2 * 2].reshape(weight.shape[0], -1, 2)
     pairs = torch.maximum(even.clamp_min(0).sum(2), -even.clamp_max(0).sum(2))
     worst: Any = pairs.max() if pairs.numel() else torch.tensor(0)
     return int(worst) * 255 > PAIR_LIMIT
-
-
-def _largest(form: ProductForm) -> int:
-    assert form.weight_levels is not None
-    return int(form.weight_levels.abs().max())

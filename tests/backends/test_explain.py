@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from qgraph.backends import integer
 from qgraph.backends.integer import ExplainRow, Explanation
+from qgraph.formats import AffineEncoding
 from tests.backends.exact import coded, decode, drawn, encode, insert_product, product_of, row_of
 from tests.backends.single_ops import SingleOp
 
@@ -56,6 +57,26 @@ def test_pairs_of_convolutions_are_bounded_by_their_largest_weight(most: int) ->
     w[2, 1] = most
     row = row_of(product_of(aten.matmul.default, (x[..., :3], BYTES), (w, coded(-128, 127))))
     assert row.saturates_pairs == (abs(most) > 64)
+
+
+@pytest.mark.parametrize("weights", [[[30, 30]], [[30, -30]], [[64, 1]], [[1, 64]], [[1, 31]]])
+@pytest.mark.parametrize("steps", [(0, 0), (0, 2), (2, 0)])
+@pytest.mark.parametrize("op", [aten.linear.default, aten.matmul.default])
+def test_pairs_are_of_weights_that_took_over_the_scales_of_channels(
+    weights: list[list[int]], steps: tuple[int, int], op: Any
+) -> None:
+    data = AffineEncoding(
+        scale=2.0 ** torch.tensor(steps) / 2**10, zero_point=torch.zeros(2), qmin=0, qmax=255,
+        axis=1,
+    )  # fmt: skip
+    w = torch.tensor(weights, dtype=torch.int32)
+    x = torch.zeros(1, 2, dtype=torch.int32)
+    is_linear = op is aten.linear.default
+    stored = w if is_linear else w.t().contiguous()
+    row = row_of(product_of(op, (x, data), (stored, coded(-128, 127))))
+    multiplied = [[v << s for v, s in zip(line, steps, strict=True)] for line in weights]
+    most = max(abs(v) for v in multiplied[0])
+    assert row.saturates_pairs == pairs_saturate(multiplied if is_linear else [[most, most]])
 
 
 def test_computed_operands_have_no_pairs() -> None:
