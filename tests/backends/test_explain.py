@@ -35,6 +35,7 @@ PAIRS = [
     [[64, 64]], [[64, 65]], [[-64, -64]], [[-64, -65]], [[100, -100]], [[127, 1]], [[127, 2]],
     [[0, 65, 64, 0]], [[0, 65, 0, 64]], [[1, 2, 127]], [[127]], [[64, 65, 127]], [[-127, -1, 9]],
     [[1, 1], [64, 65]], [[64, 1], [65, 1]], [[-128, 0]], [[-128, -1]], [[1, 0, 0, 0, 127, 127]],
+    [[128, 0]], [[129, 0]], [[128, -1]], [[-128, 5]], [[-129, 5]], [[3, 0, -129, 1]],
 ]  # fmt: skip
 
 
@@ -42,7 +43,7 @@ PAIRS = [
 def test_pairs_of_a_linear_saturate_where_two_neighbours_leave_int16(rows: list[list[int]]) -> None:
     w = torch.tensor(rows, dtype=torch.int32)
     x = torch.zeros(1, w.shape[1], dtype=torch.int32)
-    row = row_of(product_of(aten.linear.default, (x, BYTES), (w, coded(-128, 127))))
+    row = row_of(product_of(aten.linear.default, (x, BYTES), (w, coded(-256, 255))))
     assert row.saturates_pairs == pairs_saturate(rows)
 
 
@@ -189,6 +190,17 @@ def test_a_function_read_in_floats_says_by_whom() -> None:
     b.module.recompile()
     rows = {row.node: row for row in integer.lower(b.module).explain()}
     assert rows[node.name].reason == f"read in float by {readers[0].name}, {readers[1].name}"
+
+
+def test_quantizers_and_outputs_do_not_read_a_function_in_floats() -> None:
+    b = SingleOp()
+    x = decode(b, encode(b, b.placeholder("x", X), "q", BYTES), "q", BYTES)
+    node = b.call(aten.tanh.default, x)
+    quantized = encode(b, node, "r", BYTES)
+    b.graph.output((quantized, node, b.call(aten.exp.default, node)))
+    b.module.recompile()
+    rows = {row.node: row for row in integer.lower(b.module).explain()}
+    assert rows[node.name].reason == "read in float by exp_default"
 
 
 def row(**changes: Any) -> ExplainRow:
