@@ -7,11 +7,13 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch.fx import Node
 
+from qgraph.backends.products import shifted_weight
 from qgraph.backends.semantics import Role, Semantics
 from qgraph.graph.dialect import is_quantize
 from qgraph.graph.ops import OpKind, kind
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
     from qgraph.backends.products import ProductForm
 
 aten = torch.ops.aten
-# 16-bit sums of two uint8 x int8 products, as AVX2 without VNNI computes them.
-PAIR_LIMIT = 2**15 - 1
+# AVX2 without VNNI sums two products with bytes in 16 bits: 128 * 255 < 2**15 <= 129 * 255.
+PAIR_LIMIT = 128
 
 _CURES = {
     OpKind.SOFTMAX: "mode='fixed_point' has an integer softmax",
@@ -198,15 +200,14 @@ def _entries(semantics: Semantics, node: Node) -> int:
 
 def _saturates(form: ProductForm) -> bool:
     """Whether two neighbouring products could leave 16 bits (weights [N, K], uint8 data)."""
-    if form.weight_levels is None or kind(form.node) is not OpKind.LINEAR:
-        return form.weight_levels is not None and _largest(form) * 2 * 255 > PAIR_LIMIT
-    weight = form.weight_levels.to(torch.int32)
-    even = weight[:, : weight.shape[1] // 2 * 2].reshape(weight.shape[0], -1, 2)
-    pairs = torch.maximum(even.clamp_min(0).sum(2), -even.clamp_max(0).sum(2))
-    worst: Any = pairs.max() if pairs.numel() else torch.tensor(0)
-    return int(worst) * 255 > PAIR_LIMIT
-
-
-def _largest(form: ProductForm) -> int:
-    assert form.weight_levels is not None
-    return int(form.weight_levels.abs().max())
+    weight = form.weight_levels
+    if weight is None:
+        return False
+    if form.shift is not None:
+        weight = shifted_weight(form.node, weight, form.shift)
+    weight = weight.to(torch.int64)
+    if kind(form.node) is not OpKind.LINEAR:
+        return 2 * int(weight.abs().max()) > PAIR_LIMIT
+    pairs = F.pad(weight, (0, weight.shape[1] % 2)).unflatten(1, (-1, 2))
+    sums = torch.maximum(pairs.clamp_min(0).sum(2), -pairs.clamp_max(0).sum(2))
+    return int(sums.max()) > PAIR_LIMIT

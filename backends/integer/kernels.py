@@ -61,11 +61,15 @@ def _linear_i32(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _lookup(table: Tensor, index: Tensor) -> Tensor:
-    if index.ndim == 4 and not index.is_contiguous():
-        channels_last = index.permute(0, 2, 3, 1)
-        if channels_last.is_contiguous():
-            return _lookup(table, channels_last).permute(0, 3, 1, 2)
+    if _is_channels_last(index):
+        return _lookup(table, index.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     return torch.index_select(table, 0, index.reshape(-1).to(torch.int32)).view(index.shape)
+
+
+def _is_channels_last(index: Tensor) -> bool:
+    """The one layout besides the plain one that a lookup keeps."""
+    last = index.is_contiguous(memory_format=torch.channels_last)
+    return last and not index.is_contiguous()
 
 
 def _conv_u8(  # noqa: PLR0913, PLR0917 - the op's schema
@@ -104,7 +108,9 @@ def _linear_i32_meta(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @torch.library.register_fake("qgraph::lookup")
 def _lookup_meta(table: Tensor, index: Tensor) -> Tensor:
-    return torch.empty_like(index, dtype=table.dtype)
+    last = _is_channels_last(index)
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty_like(index, dtype=table.dtype, memory_format=layout)
 
 
 @torch.library.register_fake("qgraph::conv_u8")
@@ -137,10 +143,9 @@ def has_exact_u8_kernels() -> bool:
         y = _linear_u8(x, pack_linear(weight), ones, zeros, None, 3)
         image = torch.full((1, 8, 6, 6), 255, dtype=torch.uint8)
         kernel = torch.full((16, 8, 3, 3), 127, dtype=torch.int8)
-        one, two = [1, 1], [1, 1]
-        packed = pack_conv(kernel, 3, one, two, one, 1)
-        z = _conv_u8(image, packed, ones, zeros, None, 3, [3, 3], one, two, one, 1)
+        one, none = [1, 1], [0, 0]
+        packed = pack_conv(kernel, 3, one, none, one, 1)
+        z = _conv_u8(image, packed, ones, zeros, None, 3, [3, 3], one, none, one, 1)
     except (RuntimeError, AttributeError):
         return False
-    inner = bool((z[:, :, 2, 2] == 252 * 127 * 72).all())
-    return bool((y == 252 * 127 * 64).all()) and inner
+    return bool((y == 252 * 127 * 64).all() and (z == 252 * 127 * 72).all())

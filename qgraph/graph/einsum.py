@@ -56,7 +56,7 @@ def _parse(node: Node) -> tuple[list[_Term], str] | None:
             return None
         missing = rank_of(operand) - len(labels.replace("...", ""))
         # the ellipsis is aligned at its end, as in broadcasting
-        dots = "".join(unused[:8])[8 - missing :] if "..." in labels and missing else ""
+        dots = "".join(reversed(unused[:missing])) if "..." in labels else ""
         longest = max(longest, dots, key=len)
         terms.append(_Term(operand, labels.replace("...", dots)))
     if not arrow:

@@ -199,6 +199,15 @@ def test_int8_kernels_run_while_their_raw_sums_fit_int32(zero: int) -> None:
             assert (mode in found and "planes" not in found) == fits, (total, found)
 
 
+@pytest.mark.parametrize(("bias", "fits"), [(63, True), (64, False)])
+def test_twice_the_raw_and_the_shifted_sums_stay_below_int32_in_fixed_point(
+    bias: int, fits: bool
+) -> None:
+    weights = spread(2_105_376)  # 255 of each, twice: 2^30 - 64
+    found = linear([weights], [bias], coded(0, 255))[1]
+    assert found == ("_int_mm" if fits else "int32 on levels")
+
+
 @needs_kernels
 @pytest.mark.parametrize("rows", [3, 70_000])
 def test_the_right_operand_of_a_product_is_summed_along_its_rows(rows: int) -> None:

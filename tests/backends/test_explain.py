@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from qgraph.backends import integer
 from qgraph.backends.integer import ExplainRow, Explanation
+from qgraph.formats import AffineEncoding
 from tests.backends.exact import coded, decode, drawn, encode, insert_product, product_of, row_of
 from tests.backends.single_ops import SingleOp
 
@@ -34,6 +35,7 @@ PAIRS = [
     [[64, 64]], [[64, 65]], [[-64, -64]], [[-64, -65]], [[100, -100]], [[127, 1]], [[127, 2]],
     [[0, 65, 64, 0]], [[0, 65, 0, 64]], [[1, 2, 127]], [[127]], [[64, 65, 127]], [[-127, -1, 9]],
     [[1, 1], [64, 65]], [[64, 1], [65, 1]], [[-128, 0]], [[-128, -1]], [[1, 0, 0, 0, 127, 127]],
+    [[128, 0]], [[129, 0]], [[128, -1]], [[-128, 5]], [[-129, 5]], [[3, 0, -129, 1]],
 ]  # fmt: skip
 
 
@@ -41,7 +43,7 @@ PAIRS = [
 def test_pairs_of_a_linear_saturate_where_two_neighbours_leave_int16(rows: list[list[int]]) -> None:
     w = torch.tensor(rows, dtype=torch.int32)
     x = torch.zeros(1, w.shape[1], dtype=torch.int32)
-    row = row_of(product_of(aten.linear.default, (x, BYTES), (w, coded(-128, 127))))
+    row = row_of(product_of(aten.linear.default, (x, BYTES), (w, coded(-256, 255))))
     assert row.saturates_pairs == pairs_saturate(rows)
 
 
@@ -56,6 +58,26 @@ def test_pairs_of_convolutions_are_bounded_by_their_largest_weight(most: int) ->
     w[2, 1] = most
     row = row_of(product_of(aten.matmul.default, (x[..., :3], BYTES), (w, coded(-128, 127))))
     assert row.saturates_pairs == (abs(most) > 64)
+
+
+@pytest.mark.parametrize("weights", [[[30, 30]], [[30, -30]], [[64, 1]], [[1, 64]], [[1, 31]]])
+@pytest.mark.parametrize("steps", [(0, 0), (0, 2), (2, 0)])
+@pytest.mark.parametrize("op", [aten.linear.default, aten.matmul.default])
+def test_pairs_are_of_weights_that_took_over_the_scales_of_channels(
+    weights: list[list[int]], steps: tuple[int, int], op: Any
+) -> None:
+    data = AffineEncoding(
+        scale=2.0 ** torch.tensor(steps) / 2**10, zero_point=torch.zeros(2), qmin=0, qmax=255,
+        axis=1,
+    )  # fmt: skip
+    w = torch.tensor(weights, dtype=torch.int32)
+    x = torch.zeros(1, 2, dtype=torch.int32)
+    is_linear = op is aten.linear.default
+    stored = w if is_linear else w.t().contiguous()
+    row = row_of(product_of(op, (x, data), (stored, coded(-128, 127))))
+    multiplied = [[v << s for v, s in zip(line, steps, strict=True)] for line in weights]
+    most = max(abs(v) for v in multiplied[0])
+    assert row.saturates_pairs == pairs_saturate(multiplied if is_linear else [[most, most]])
 
 
 def test_computed_operands_have_no_pairs() -> None:
@@ -168,6 +190,17 @@ def test_a_function_read_in_floats_says_by_whom() -> None:
     b.module.recompile()
     rows = {row.node: row for row in integer.lower(b.module).explain()}
     assert rows[node.name].reason == f"read in float by {readers[0].name}, {readers[1].name}"
+
+
+def test_quantizers_and_outputs_do_not_read_a_function_in_floats() -> None:
+    b = SingleOp()
+    x = decode(b, encode(b, b.placeholder("x", X), "q", BYTES), "q", BYTES)
+    node = b.call(aten.tanh.default, x)
+    quantized = encode(b, node, "r", BYTES)
+    b.graph.output((quantized, node, b.call(aten.exp.default, node)))
+    b.module.recompile()
+    rows = {row.node: row for row in integer.lower(b.module).explain()}
+    assert rows[node.name].reason == "read in float by exp_default"
 
 
 def row(**changes: Any) -> ExplainRow:

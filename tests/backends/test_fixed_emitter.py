@@ -175,3 +175,13 @@ def test_integer_convolutions_of_one_axis_equal_the_float_ops(groups: int) -> No
         got = convolve_transposed(x, v, None, stride, padding, extra, groups, dilation)
         rest = (None, stride, padding, extra, groups, dilation)
         assert torch.equal(got.double(), F.conv_transpose1d(x.double(), v.double(), *rest))
+
+
+def test_arguments_left_out_are_those_of_the_float_ops() -> None:
+    x, weight = torch.arange(60).reshape(1, 2, 5, 6) % 7, torch.arange(48).reshape(2, 4, 2, 3) % 5
+    for ours, theirs, w in (
+        (convolve, F.conv2d, weight.transpose(0, 1)),
+        (convolve_transposed, F.conv_transpose2d, weight),
+    ):
+        found, wanted = ours(x.int(), w.int()), theirs(x.double(), w.double())
+        assert torch.equal(found.double(), wanted)

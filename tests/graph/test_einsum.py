@@ -79,6 +79,12 @@ def test_dots_are_aligned_at_their_end() -> None:
     decomposed("...ab,...bc", (2, 2, 3), (4, 2, 3, 4))
 
 
+@pytest.mark.parametrize("dots", [(3,), (2, 3), (3, 1, 2, 1, 1, 2, 1, 1, 2)])
+def test_axes_of_dots_are_as_many_as_there_are_and_keep_their_order(dots):
+    for equation in ("...a,ba->...b", "...ab->...ba", "...ab->...", "...a->a"):
+        decomposed(equation, *shapes_of(equation, dots))
+
+
 @pytest.mark.parametrize("equation", ["ab,bc", "ba", "b,a", "ab,ab", "...ba", "ca,ab", "...a,...a"])
 def test_without_an_arrow_labels_that_occur_once_are_the_output_in_order(equation):
     decomposed(equation, *shapes_of(equation))
