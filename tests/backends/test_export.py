@@ -73,6 +73,23 @@ def test_a_size_that_is_no_batch_is_not_called_one(tmp_path: Path) -> None:
     assert [d.dim_param for shape in shapes for d in shape] == ["", "dim0", "", "", "dim1", ""]
 
 
+class Named(nn.Module):
+    """Results that are called like the argument and like each other."""
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return {"x": torch.relu(x), "a_b": x + 1, "a": {"b": x * 2}}
+
+
+def test_results_may_be_called_like_arguments(tmp_path: Path) -> None:
+    module = trace(Named().eval(), X)
+    info = export(module, tmp_path / "m.onnx")
+    assert (info.inputs, info.outputs) == (("x",), ("x_1", "a_b", "a_b_1"))
+    found = Session(tmp_path / "m.onnx", threads=1)(X)
+    assert torch.equal(found["x"], X.clamp_min(0))
+    assert torch.equal(found["a_b"], X + 1)
+    assert torch.equal(found["a"]["b"], X * 2)
+
+
 @torch.library.custom_op("qgraph_test_export::odd", mutates_args=())
 def _odd(x: Tensor) -> Tensor:
     return x.clone()

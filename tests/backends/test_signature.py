@@ -13,6 +13,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from qgraph.backends.onnx.signature import Input, Signature, dump, load, read_signature, symbols
@@ -179,3 +180,54 @@ def test_given_names_are_as_many_as_tensors_and_differ(names: list[str]) -> None
     found = read_signature(module, ["p", "q"], ["r", "s"])
     assert [i.name for i in found.inputs] == ["p", "q"]
     assert found.output_names == ("r", "s")
+
+
+class Keyless:
+    """Torch can take it apart and knows no names for the parts."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+
+pytree.register_pytree_node(
+    Keyless, lambda value: (list(value.parts), None), lambda parts, _: Keyless(*parts),
+    serialized_type_name="tests.backends.test_signature.Keyless",
+)  # fmt: skip
+
+
+def returning(results: Any) -> GraphModule:
+    """Inputs x0, x1... come back as the leaves of that structure."""
+    leaves, spec = pytree.tree_flatten(results)
+    module, nodes = graph([torch.zeros(2)] * len(leaves), tuple)
+    taken = pytree.tree_structure((tuple(leaves), {}))
+    info = _PyTreeInfo([n.name for n in nodes], taken, spec)
+    module.graph.set_codegen(_PyTreeCodeGen(info))
+    return module
+
+
+@pytest.mark.parametrize(
+    ("results", "names"),
+    [
+        ({"y": 0, "n": [0, 0]}, ["y", "n_0", "n_1"]),
+        ((0, {"a": 0}), ["output_0", "output_1_a"]), ({"": 0}, ["output"]),
+        (Keyless(0, 0, 0), ["output_0", "output_1", "output_2"]),
+        # A file has one value by a name.
+        ({"x0": 0, "y": 0}, ["x0_1", "y"]), ({"x0": 0, "x0_1": 0}, ["x0_2", "x0_1"]),
+        ({"0": 0, "output_0": 0}, ["output_0", "output_0_1"]),
+        ({"a_b_c": 0, "a_b": {"c": 0}, "a": {"b_c": 0}}, ["a_b_c", "a_b_c_1", "a_b_c_2"]),
+        ({"a_b": 0, "a": {"b": 0}, "a_b_1": 0}, ["a_b", "a_b_2", "a_b_1"]),
+    ],
+)  # fmt: skip
+def test_results_are_called_by_their_places_and_no_two_values_alike(
+    results: Any, names: list[str]
+) -> None:
+    found = read_signature(returning(results), None, None)
+    assert list(found.output_names) == names
+    assert not {i.name for i in found.inputs} & set(names)
+
+
+def test_names_are_not_given_to_an_input_and_an_output() -> None:
+    module = returning({"p": 0, "q": 0})
+    with pytest.raises(ExportError, match="output_names"):
+        read_signature(module, None, ["r", "x1"])
+    assert read_signature(module, ["p", "r"], None).output_names == ("p_1", "q")
