@@ -168,6 +168,7 @@ def test_a_value_returned_twice_is_written_once_and_constants_stay() -> None:
     assert found.output_names == ("output_0", "output_2")
     assert [i.dtype for i in found.inputs] == ["float32", "int64"]
     assert found.unflatten([y, x]) == (y, 5, x, y, None)
+    assert all(map(torch.equal, found.flatten([x, y], {}), (x, y)))
 
 
 @pytest.mark.parametrize("names", [["a"], ["a", "b", "c"], ["a", "a"]])
@@ -195,14 +196,36 @@ pytree.register_pytree_node(
 )  # fmt: skip
 
 
-def returning(results: Any) -> GraphModule:
-    """Inputs x0, x1... come back as the leaves of that structure."""
+class Parted(Keyless):
+    """Its parts have names that only their text tells."""
+
+
+pytree.register_pytree_node(
+    Parted, lambda value: (list(value.parts), None), lambda parts, _: Parted(*parts),
+    serialized_type_name="tests.backends.test_signature.Parted",
+    flatten_with_keys_fn=lambda value: (
+        [(f"<part_{at}>", part) for at, part in enumerate(value.parts)], None,
+    ),
+)  # fmt: skip
+
+
+def returning(results: Any, *keywords: str) -> GraphModule:
+    """Inputs x0, x1... come back as the leaves of that structure; the last ones are keywords."""
     leaves, spec = pytree.tree_flatten(results)
     module, nodes = graph([torch.zeros(2)] * len(leaves), tuple)
-    taken = pytree.tree_structure((tuple(leaves), {}))
-    info = _PyTreeInfo([n.name for n in nodes], taken, spec)
+    given = tuple(leaves[: len(leaves) - len(keywords)]), dict.fromkeys(keywords, 0)
+    info = _PyTreeInfo(["self", *(n.name for n in nodes)], pytree.tree_structure(given), spec)
     module.graph.set_codegen(_PyTreeCodeGen(info))
     return module
+
+
+def test_keywords_are_arguments_behind_those_by_position() -> None:
+    found = read_signature(returning([0, 0, 0, 0], "scale", "mask"), None, None)
+    assert found.arguments == ("x0", "x1", "scale", "mask")
+    assert found.num_positional == 2
+    values = [torch.full((2,), float(at)) for at in range(4)]
+    by_name = {"mask": values[3], "scale": values[2]}
+    assert all(map(torch.equal, found.flatten(values[:2], by_name), values))
 
 
 @pytest.mark.parametrize(
@@ -211,6 +234,7 @@ def returning(results: Any) -> GraphModule:
         ({"y": 0, "n": [0, 0]}, ["y", "n_0", "n_1"]),
         ((0, {"a": 0}), ["output_0", "output_1_a"]), ({"": 0}, ["output"]),
         (Keyless(0, 0, 0), ["output_0", "output_1", "output_2"]),
+        (Parted(0, 0), ["part_0", "part_1"]),
         # A file has one value by a name.
         ({"x0": 0, "y": 0}, ["x0_1", "y"]), ({"x0": 0, "x0_1": 0}, ["x0_2", "x0_1"]),
         ({"0": 0, "output_0": 0}, ["output_0", "output_0_1"]),
