@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, nn
@@ -111,6 +112,21 @@ def test_an_op_without_a_translation_is_named_by_the_innermost_error(tmp_path: P
     while error is not None:
         innermost, error = error, error.__cause__
     assert str(caught.value) == f"torch.onnx.export cannot translate the graph: {innermost}"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_whose_shapes_contradict_its_ops_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = MODULE.finish.finish
+
+    def lying(model: ir.Model, **options: Any) -> None:
+        finish(model, **options)
+        model.graph.outputs[0].shape = ir.Shape([7, 7, 7])
+
+    monkeypatch.setattr(MODULE.finish, "finish", lying)
+    with pytest.raises(ExportError, match=r"does not pass onnx\.checker"):
+        export(small(), tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 
 

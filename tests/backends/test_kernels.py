@@ -207,6 +207,8 @@ def test_each_feed_runs_in_turn_after_one_to_warm_up(
     assert len(fed) == 3
     assert fed[0]["x"].shape == (2, 2)
     assert not fed[0]["x"].any()
+    kernels(tmp_path / "m.onnx")
+    assert len(fed) == 3 + 1 + 5
 
 
 def test_inputs_of_open_sizes_are_two_long() -> None:

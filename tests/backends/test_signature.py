@@ -196,6 +196,19 @@ pytree.register_pytree_node(
 )  # fmt: skip
 
 
+class Place:
+    """A key without a field of a name that torch uses."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def __str__(self) -> str:
+        return f"<part_{self.at}>"
+
+    def get(self, parent: Keyless) -> Any:
+        return parent.parts[self.at]
+
+
 class Parted(Keyless):
     """Its parts have names that only their text tells."""
 
@@ -204,7 +217,7 @@ pytree.register_pytree_node(
     Parted, lambda value: (list(value.parts), None), lambda parts, _: Parted(*parts),
     serialized_type_name="tests.backends.test_signature.Parted",
     flatten_with_keys_fn=lambda value: (
-        [(f"<part_{at}>", part) for at, part in enumerate(value.parts)], None,
+        [(Place(at), part) for at, part in enumerate(value.parts)], None,
     ),
 )  # fmt: skip
 
