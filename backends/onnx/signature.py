@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -294,7 +293,7 @@ def _unique(paths: list[str], tensors: list[Node], inputs: list[str]) -> list[st
     for path in named.values():
         name = path
         if path in inputs or path in found:
-            numbered = (f"{path}_{number}" for number in itertools.count(1))
+            numbered = (f"{path}_{number}" for number, _ in enumerate(taken, 1))
             name = next(n for n in numbered if n not in taken)
             taken.add(name)
         found.append(name)
