@@ -21,7 +21,6 @@ from qgraph.backends import integer, reference
 from qgraph.backends.cutting import CutGraph
 from qgraph.errors import VerificationError
 from qgraph.formats import AffineEncoding, Encoding
-from qgraph.graph.dialect import is_quantize
 from qgraph.graph.provenance import module_path, source_line
 
 # The contract towards onnxruntime: at most one code, float ops included at most this often.
@@ -239,7 +238,7 @@ def compare(
             runtime_forced=runtime_forced.get(node.name),
         )
         for node in module.graph.nodes
-        if is_quantize(node) and node.name in forced
+        if node.name in forced
     ]  # fmt: skip
     return ParityReport(tuple(rows))
 

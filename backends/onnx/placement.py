@@ -74,8 +74,8 @@ def _raise(module: GraphModule, node: Node) -> list[Node]:
         return []
     source = node.args[0]
     encoding = dialect.encoding_of(module, node)
-    if not isinstance(source, Node) or not isinstance(encoding, AffineEncoding):
-        return []
+    assert isinstance(source, Node)
+    assert isinstance(encoding, AffineEncoding)
     if encoding.axis is not None or encoding.zero_point.ndim:
         return []
     zero = int(encoding.zero_point)
@@ -137,7 +137,7 @@ def _quantize_before(module: GraphModule, node: Node, value: Any) -> Node:
     if value.target is dialect.DEQUANTIZE and _same_decode(module, value, node):
         return value.args[0]  # type: ignore[no-any-return]
     for user in value.users:
-        if user is not node and _same(module, user, node) and user < node:
+        if _same(module, user, node) and user < node:
             return user  # type: ignore[no-any-return]
     return insert_call(module, dialect.QUANTIZE, value, *node.args[1:], like=node, before=node)
 

@@ -199,7 +199,8 @@ def read_signature(
     """The signature of a graph module with pytree code generation (or a plain one).
 
     Raises:
-        ExportError: names given do not match in number, or a structure cannot be stored.
+        ExportError: names given do not match in number or name two values, or a structure cannot
+            be stored.
     """
     info = getattr(module.graph._codegen, "pytree_info", None)
     holders = [n for n in module.graph.nodes if n.op == "placeholder"]
@@ -212,6 +213,10 @@ def read_signature(
     out_spec = info.out_spec if info else pytree.tree_structure(tuple(results))
     paths = _paths(out_spec, len(results))
     wanted = [p for p, r in zip(paths, results, strict=True) if isinstance(r, Node)]
+    given = _names("output", output_names, _unique(wanted, tensors, names))
+    if not set(given).isdisjoint(names):
+        msg = f"output_names has {given}, but the inputs are called {names}"
+        raise ExportError(msg)
     labels = symbols(module)
     positional, keyword = in_spec.children()
     arguments = _arguments(info, holders, positional, keyword)
@@ -229,7 +234,7 @@ def read_signature(
         ),
         outputs=tuple(distinct.index(r) if isinstance(r, Node) else None for r in results),
         constants=tuple(None if isinstance(r, Node) else r for r in results),
-        output_names=tuple(_names("output", output_names, _unique(wanted, tensors))),
+        output_names=tuple(given),
     )  # fmt: skip
 
 
@@ -261,10 +266,11 @@ def _arguments(info: Any, holders: list[Node], positional: Any, keyword: Any) ->
 
 def _paths(spec: Any, count: int) -> list[str]:
     tree = pytree.tree_unflatten(list(range(count)), spec)
-    found, _ = pytree.tree_flatten_with_path(tree)
-    texts = ["_".join(_key(k) for k in path) for path, _ in found]
-    if len(texts) != count:
+    try:
+        found, _ = pytree.tree_flatten_with_path(tree)
+    except ValueError:  # a class that torch knows without the names of its parts
         return [f"output_{i}" for i in range(count)]
+    texts = ["_".join(_key(k) for k in path) for path, _ in found]
     return [t if t and not t[0].isdigit() else f"output_{t}" if t else "output" for t in texts]
 
 
@@ -275,12 +281,23 @@ def _key(key: Any) -> str:
     return "".join(c for c in str(key) if c.isalnum() or c == "_")
 
 
-def _unique(paths: list[str], tensors: list[Node]) -> list[str]:
-    """One name per distinct output node: a tensor returned twice is written once."""
+def _unique(paths: list[str], tensors: list[Node], inputs: list[str]) -> list[str]:
+    """One name per distinct output node: a tensor returned twice is written once.
+
+    A file has one value by a name, so a path that an input or another path has taken is numbered.
+    """
     named: dict[Node, str] = {}
     for path, node in zip(paths, tensors, strict=True):
         named.setdefault(node, path)
-    return list(named.values())
+    taken, found = {*inputs, *named.values()}, list[str]()
+    for path in named.values():
+        name = path
+        if path in inputs or path in found:
+            numbered = (f"{path}_{number}" for number, _ in enumerate(taken, 1))
+            name = next(n for n in numbered if n not in taken)
+            taken.add(name)
+        found.append(name)
+    return found
 
 
 def _names(what: str, given: Sequence[str] | None, found: list[str]) -> list[str]:

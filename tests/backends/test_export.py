@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,23 @@ def test_a_size_that_is_no_batch_is_not_called_one(tmp_path: Path) -> None:
     assert [d.dim_param for shape in shapes for d in shape] == ["", "dim0", "", "", "dim1", ""]
 
 
+class Named(nn.Module):
+    """Results that are called like the argument and like each other."""
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return {"x": torch.relu(x), "a_b": x + 1, "a": {"b": x * 2}}
+
+
+def test_results_may_be_called_like_arguments(tmp_path: Path) -> None:
+    module = trace(Named().eval(), X)
+    info = export(module, tmp_path / "m.onnx")
+    assert (info.inputs, info.outputs) == (("x",), ("x_1", "a_b", "a_b_1"))
+    found = Session(tmp_path / "m.onnx", threads=1)(X)
+    assert torch.equal(found["x"], X.clamp_min(0))
+    assert torch.equal(found["a_b"], X + 1)
+    assert torch.equal(found["a"]["b"], X * 2)
+
+
 @torch.library.custom_op("qgraph_test_export::odd", mutates_args=())
 def _odd(x: Tensor) -> Tensor:
     return x.clone()
@@ -94,6 +112,21 @@ def test_an_op_without_a_translation_is_named_by_the_innermost_error(tmp_path: P
     while error is not None:
         innermost, error = error, error.__cause__
     assert str(caught.value) == f"torch.onnx.export cannot translate the graph: {innermost}"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_whose_shapes_contradict_its_ops_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = MODULE.finish.finish
+
+    def lying(model: ir.Model, **options: Any) -> None:
+        finish(model, **options)
+        model.graph.outputs[0].shape = ir.Shape([7, 7, 7])
+
+    monkeypatch.setattr(MODULE.finish, "finish", lying)
+    with pytest.raises(ExportError, match=r"does not pass onnx\.checker"):
+        export(small(), tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 
 

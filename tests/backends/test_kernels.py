@@ -29,6 +29,7 @@ from qgraph.backends.integer.kernels import (
     pack_linear,
 )
 from qgraph.backends.onnx.kernels import Kernel, KernelTable, example_feed, kernels, shares
+from qgraph.errors import ArtifactError
 
 table_module = importlib.import_module("qgraph.backends.onnx.kernels")
 needs_kernels = pytest.mark.skipif(not has_exact_u8_kernels(), reason="no exact int8 kernels here")
@@ -131,10 +132,13 @@ def ran(
     nodes: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *,
     times: dict[str, list[float]] | None = None, runs: int = 2, feeds: Any = None,
     inputs: dict[str, Any] | None = None, stored: dict[str, Any] | None = None,
+    declared: dict[str, int] | None = None,
 ) -> tuple[KernelTable, list[Any]]:  # fmt: skip
     """The table of a graph as if onnxruntime ran it, with the times given."""
     fed: list[Any] = []
     model = graph_of(nodes, inputs or {"x": (TensorProto.FLOAT, [2, None])}, stored or {})
+    for name, kind in (declared or {}).items():
+        model.graph.value_info.append(helper.make_tensor_value_info(name, kind, None))
     onnx.save(model, tmp_path / "m.onnx")
 
     def profile() -> str:
@@ -188,6 +192,38 @@ def test_values_of_integers_make_integer_nodes(
     assert all(bool(row.cure) == (row.kind == "float") for row in found.rows)
 
 
+def test_the_only_integers_of_a_graph_are_seen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nodes = [node("ArgMax", "x", "place"), node("Softmax", "x", "y")]
+    declared = {"place": TensorProto.INT64, "y": TensorProto.FLOAT}
+    found, _ = ran(nodes, monkeypatch, tmp_path, declared=declared)
+    assert [row.kind for row in found.rows] == ["integer", "float"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "reader", "told"),
+    [
+        (TensorProto.INT2, "DequantizeLinear", True), (TensorProto.UINT2, "DequantizeLinear", True),
+        (TensorProto.INT2, "Cast", False), (TensorProto.INT8, "DequantizeLinear", False),
+    ],
+)  # fmt: skip
+def test_a_refused_file_is_explained_by_two_bits_only_where_it_decodes_them(
+    kind: int, reader: str, told: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refused(_: Path) -> onnx.ModelProto:
+        raise ArtifactError("not this one")
+
+    nodes = [node(reader, "w", "d"), node("DequantizeLinear", "c", "e"), node("Add", "d e", "y")]
+    model = graph_of(nodes, {}, {"c": np.ones(4, np.int8)})
+    model.graph.initializer.append(helper.make_tensor("w", kind, [4], [0, 1, 1, 0]))
+    onnx.save(model, tmp_path / "m.onnx")
+    monkeypatch.setattr(table_module, "optimized", refused)
+    with pytest.raises(ArtifactError, match=r"^not this one") as caught:
+        kernels(tmp_path / "m.onnx")
+    assert ("INT2" in str(caught.value)) == told
+
+
 def test_times_are_medians_of_warm_runs_and_shares_add_up(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -214,6 +250,8 @@ def test_each_feed_runs_in_turn_after_one_to_warm_up(
     assert len(fed) == 3
     assert fed[0]["x"].shape == (2, 2)
     assert not fed[0]["x"].any()
+    kernels(tmp_path / "m.onnx")
+    assert len(fed) == 3 + 1 + 5
 
 
 def test_inputs_of_open_sizes_are_two_long() -> None:

@@ -80,9 +80,9 @@ def signed_dual(scale: Tensor) -> LevelEncoding:
     return LevelEncoding.nearest("dual region", scale, levels, storage_bits=5)
 
 
-def power_of_two(scale: Tensor) -> LevelEncoding:
+def power_of_two(scale: Tensor, axis: int | None = None) -> LevelEncoding:
     levels = torch.tensor([0, *sorted({round(2**15 * 2 ** (-c / 2)) for c in range(15)})])
-    return LevelEncoding.nearest("power of two", scale, levels, storage_bits=4)
+    return LevelEncoding.nearest("power of two", scale, levels, storage_bits=4, axis=axis)
 
 
 def by_channel() -> LevelEncoding:
@@ -104,6 +104,7 @@ ENCODINGS: dict[str, Callable[[], Encoding]] = {
     "signed dual region": lambda: signed_dual(torch.tensor(1 / 128)),
     "dual region per channel": lambda: dual(torch.rand(6) / 99 + 0.005, axis=2),
     "power of two": lambda: power_of_two(torch.tensor(2.0**-15)),
+    "power of two per channel": lambda: power_of_two(2.0**-15 / (torch.arange(6) + 1), axis=2),
     "log affine per channel": by_channel,
     "grouped affine": lambda: AffineEncoding(
         scale=torch.tensor([1, 1, 2, 2, 4, 4]) / 512, zero_point=torch.full((6,), 3),

@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+from qgraph.backends.integer import Mode
 from qgraph.backends.parity import Difference, ParityReport, ParityRow, code_range, compare
 from qgraph.errors import VerificationError
-from qgraph.formats import AffineEncoding, IntGrid
+from qgraph.formats import AffineEncoding, IntGrid, LevelEncoding
 from qgraph.formats.dual_region import dual_region
 from tests.backends.builders import quantize
+from tests.backends.exact import SCALE, coded, decode, encode, insert_product
+from tests.backends.single_ops import SingleOp
 
 SAME = Difference(0, 0)
 
@@ -106,6 +109,37 @@ def test_a_report_shows_every_backend_that_ran():
     assert "a, path.a" not in text
 
 
+def test_a_long_source_line_is_cut_to_the_width_of_a_page():
+    found = ParityRow(
+        node="n", module_path="m", source="s" * 300, codes=1, saturated=0.0,
+        forced=Difference(1, 1), free=SAME, runtime=Difference(1, 1),
+    )  # fmt: skip
+    cut = [line for line in str(ParityReport((found,))).splitlines() if "sss" in line]
+    assert [len(line) for line in cut] == [100, 100]
+
+
+def test_each_mode_is_held_against_a_reference_that_rounds_as_it_does():
+    grid, bytes_ = coded(0, 255), torch.arange(8, dtype=torch.uint8).reshape(1, 8)
+    b = SingleOp()
+    eye = torch.eye(8, dtype=torch.int8), coded(-128, 127)
+    y = insert_product(b, torch.ops.aten.linear.default, (bytes_, grid), eye)
+    # Two steps of the product are one code, so every odd byte is a tie.
+    halves = AffineEncoding.per_tensor(2 * SCALE * SCALE, 0, IntGrid(8, signed=False))
+    q = encode(b, y, "out", halves)
+    module = b.finish(decode(b, q, "out", halves))
+
+    class Even:
+        def codes(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            return {q.name: torch.tensor([[0, 0, 1, 2, 2, 2, 3, 4]])}
+
+    up = Difference(2, 1)  # 0.5 and 2.5 become 1 and 3, not 0 and 2
+    modes: dict[Mode, Difference] = {"onnxruntime": SAME, "fixed_point": up}
+    for mode, wanted in modes.items():
+        report = compare(module, ((bytes_,), {}), session=Even(), mode=mode)
+        assert report.check() is report
+        assert [row.runtime for row in report.rows if row.node == q.name] == [wanted]
+
+
 def test_codes_at_either_end_are_counted_as_saturated():
     grid = IntGrid(2, signed=False)
 
@@ -133,3 +167,6 @@ def test_codes_at_either_end_are_counted_as_saturated():
     assert found.runtime == Difference(5, 3)
     assert code_range(AffineEncoding.per_tensor(1.0, 0, IntGrid(4, signed=True))) == (-8, 7)
     assert code_range(dual_region(4, 1)) == (0, len(dual_region(4, 1).levels) - 1)
+    levels = torch.tensor([[0, 1, 3, 9, 11], [0, 2, 4, 5, 8]])
+    by_row = LevelEncoding.nearest("any", torch.ones(2), levels, storage_bits=3, axis=0)
+    assert code_range(by_row) == (0, 4)

@@ -103,9 +103,15 @@ def test_a_rectifier_is_left_to_its_other_readers() -> None:
     assert sources(build) == ["neg"]
 
 
-@pytest.mark.parametrize(("qmax", "through"), [(254, True), (255, True), (256, False)])
-def test_pools_hold_bytes(qmax: int, through: bool) -> None:
-    grid = coded(0, qmax, 7)
+@pytest.mark.parametrize(
+    ("ends", "through"),
+    [
+        ((0, 254), True), ((0, 255), True), ((0, 256), False), ((-128, 127), True),
+        ((-9, 247), False), ((-(2**15), 2**15 - 1), False),
+    ],
+)  # fmt: skip
+def test_pools_hold_bytes(ends: tuple[int, int], through: bool) -> None:
+    grid = coded(*ends, 7)
 
     def build(op: Any, *rest: Any) -> Build:
         return lambda b, x: [encode(b, b.call(op, b.call(aten.neg.default, x), *rest), "q", grid)]
@@ -114,11 +120,17 @@ def test_pools_hold_bytes(qmax: int, through: bool) -> None:
     assert sources(build(aten.permute.default, [1, 0, 2, 3])) == ["neg"]
 
 
+def scaled(count: tuple[int, ...], axis: int | None) -> AffineEncoding:
+    """Codes 0 to 9 around 3."""
+    scale = torch.full(count, 0.01)
+    return AffineEncoding(scale=scale, zero_point=scale.int() + 3, qmin=0, qmax=9, axis=axis)
+
+
 @pytest.mark.parametrize(
-    "encoding", [by_axis(4, 1), table(-9, -3, 0, 5), AffineEncoding(
-        scale=torch.tensor([0.01]), zero_point=torch.tensor([3]), qmin=0, qmax=9, axis=0)],
-    ids=["channels", "levels", "a vector"],
-)  # fmt: skip
+    "encoding",
+    [by_axis(4, 1), table(-9, -3, 0, 5), scaled((1,), 0), scaled((), 1), scaled((4,), None)],
+    ids=["channels", "levels", "a vector", "an axis alone", "along the last axis"],
+)
 def test_scales_by_channel_and_tables_stay_where_they_are(encoding: Encoding) -> None:
     def build(b: SingleOp, x: Node) -> list[Node]:
         return [
@@ -168,6 +180,22 @@ def test_parts_are_quantized_each_once_and_chains_of_moves_are_passed() -> None:
         return [encode(b, b.call(aten.permute.default, joined, [0, 2, 1, 3]), "q", OUT)]
 
     assert sorted(sources(build)) == ["exp", "neg"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("late", [False, True])
+def test_a_quantizer_that_stands_before_serves_a_moved_one_with_the_same_numbers(
+    name: str, late: bool
+) -> None:
+    other, alike = OTHERS[name]
+
+    def build(b: SingleOp, x: Node) -> list[Node]:
+        y = b.call(aten.neg.default, x)
+        moved = b.call(aten.permute.default, y, [0, 2, 3, 1])
+        given = [(moved, "q", OUT), (y, "r", other)]
+        return [encode(b, *what) for what in (given if late else given[::-1])]
+
+    assert sources(build) == ["neg"] * (1 if alike and not late else 2)
 
 
 @pytest.mark.parametrize("name", OTHERS)

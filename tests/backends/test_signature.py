@@ -13,6 +13,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from qgraph.backends.onnx.signature import Input, Signature, dump, load, read_signature, symbols
@@ -167,6 +168,7 @@ def test_a_value_returned_twice_is_written_once_and_constants_stay() -> None:
     assert found.output_names == ("output_0", "output_2")
     assert [i.dtype for i in found.inputs] == ["float32", "int64"]
     assert found.unflatten([y, x]) == (y, 5, x, y, None)
+    assert all(map(torch.equal, found.flatten([x, y], {}), (x, y)))
 
 
 @pytest.mark.parametrize("names", [["a"], ["a", "b", "c"], ["a", "a"]])
@@ -179,3 +181,90 @@ def test_given_names_are_as_many_as_tensors_and_differ(names: list[str]) -> None
     found = read_signature(module, ["p", "q"], ["r", "s"])
     assert [i.name for i in found.inputs] == ["p", "q"]
     assert found.output_names == ("r", "s")
+
+
+class Keyless:
+    """Torch can take it apart and knows no names for the parts."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+
+pytree.register_pytree_node(
+    Keyless, lambda value: (list(value.parts), None), lambda parts, _: Keyless(*parts),
+    serialized_type_name="tests.backends.test_signature.Keyless",
+)  # fmt: skip
+
+
+class Place:
+    """A key without a field of a name that torch uses."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def __str__(self) -> str:
+        return f"<part_{self.at}>"
+
+    def get(self, parent: Keyless) -> Any:
+        return parent.parts[self.at]
+
+
+class Parted(Keyless):
+    """Its parts have names that only their text tells."""
+
+
+pytree.register_pytree_node(
+    Parted, lambda value: (list(value.parts), None), lambda parts, _: Parted(*parts),
+    serialized_type_name="tests.backends.test_signature.Parted",
+    flatten_with_keys_fn=lambda value: (
+        [(Place(at), part) for at, part in enumerate(value.parts)], None,
+    ),
+)  # fmt: skip
+
+
+def returning(results: Any, *keywords: str) -> GraphModule:
+    """Inputs x0, x1... come back as the leaves of that structure; the last ones are keywords."""
+    leaves, spec = pytree.tree_flatten(results)
+    module, nodes = graph([torch.zeros(2)] * len(leaves), tuple)
+    given = tuple(leaves[: len(leaves) - len(keywords)]), dict.fromkeys(keywords, 0)
+    info = _PyTreeInfo(["self", *(n.name for n in nodes)], pytree.tree_structure(given), spec)
+    module.graph.set_codegen(_PyTreeCodeGen(info))
+    return module
+
+
+def test_keywords_are_arguments_behind_those_by_position() -> None:
+    found = read_signature(returning([0, 0, 0, 0], "scale", "mask"), None, None)
+    assert found.arguments == ("x0", "x1", "scale", "mask")
+    assert found.num_positional == 2
+    values = [torch.full((2,), float(at)) for at in range(4)]
+    by_name = {"mask": values[3], "scale": values[2]}
+    assert all(map(torch.equal, found.flatten(values[:2], by_name), values))
+
+
+@pytest.mark.parametrize(
+    ("results", "names"),
+    [
+        ({"y": 0, "n": [0, 0]}, ["y", "n_0", "n_1"]),
+        ((0, {"a": 0}), ["output_0", "output_1_a"]), ({"": 0}, ["output"]),
+        (Keyless(0, 0, 0), ["output_0", "output_1", "output_2"]),
+        (Parted(0, 0), ["part_0", "part_1"]),
+        # A file has one value by a name.
+        ({"x0": 0, "y": 0}, ["x0_1", "y"]), ({"x0": 0, "x0_1": 0}, ["x0_2", "x0_1"]),
+        ({"0": 0, "output_0": 0}, ["output_0", "output_0_1"]),
+        ({"a_b_c": 0, "a_b": {"c": 0}, "a": {"b_c": 0}}, ["a_b_c", "a_b_c_1", "a_b_c_2"]),
+        ({"a_b": 0, "a": {"b": 0}, "a_b_1": 0}, ["a_b", "a_b_2", "a_b_1"]),
+    ],
+)  # fmt: skip
+def test_results_are_called_by_their_places_and_no_two_values_alike(
+    results: Any, names: list[str]
+) -> None:
+    found = read_signature(returning(results), None, None)
+    assert list(found.output_names) == names
+    assert not {i.name for i in found.inputs} & set(names)
+
+
+def test_names_are_not_given_to_an_input_and_an_output() -> None:
+    module = returning({"p": 0, "q": 0})
+    with pytest.raises(ExportError, match="output_names"):
+        read_signature(module, None, ["r", "x1"])
+    assert read_signature(module, ["p", "r"], None).output_names == ("p_1", "q")
