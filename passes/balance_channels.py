@@ -19,7 +19,6 @@ from qgraph.context import Context
 from qgraph.formats import AffineEncoding, IntGrid
 from qgraph.graph.build import attribute
 from qgraph.graph.edges import Edge
-from qgraph.graph.ignore import Ignore
 from qgraph.graph.ops import OpKind
 from qgraph.graph.plan import Site
 from qgraph.graph.requests import Request
@@ -72,10 +71,8 @@ class BalanceChannels(Pass):
     def run(self, module: GraphModule, context: Context) -> bool:  # noqa: D102
         changed = False
         for (value, bits), sites in matched(module, context, LINEARS).items():
-            if any(Ignore.of(self.skip).matches(site.edge.consumer) for site in sites):
-                context.record(self.name, value, "kept", "left alone on request")
-                continue
-            changed |= self._treat(module, context, value, sites, bits)
+            if not context.left_alone(self.name, value, sites, self.skip):
+                changed |= self._treat(module, context, value, sites, bits)
         return changed
 
     def _treat(

@@ -119,10 +119,8 @@ class ReorderChannels(Pass):
     def run(self, module: GraphModule, context: Context) -> bool:  # noqa: D102
         changed = False
         for (value, bits), sites in matched(module, context, self.kinds).items():
-            if any(Ignore.of(self.skip).matches(site.edge.consumer) for site in sites):
-                context.record(self.name, value, "kept", "left alone on request")
-                continue
-            changed |= self._treat(module, context, value, sites, bits)
+            if not context.left_alone(self.name, value, sites, self.skip):
+                changed |= self._treat(module, context, value, sites, bits)
         return changed
 
     def _treat(

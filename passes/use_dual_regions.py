@@ -99,10 +99,8 @@ class UseDualRegions(Pass):
 
     def run(self, module: GraphModule, context: Context) -> bool:  # noqa: D102
         for (value, bits), sites in matched(context).items():
-            if any(Ignore.of(self.skip).matches(site.edge.consumer) for site in sites):
-                context.record(self.name, value, "kept", "left alone on request")
-                continue
-            self._decide(module, context, value, sites, bits)
+            if not context.left_alone(self.name, value, sites, self.skip):
+                self._decide(module, context, value, sites, bits)
         return False
 
     def _decide(

@@ -17,7 +17,6 @@ from qgraph.formats import Encoding
 from qgraph.formats.log_affine import DECODERS, Decoder
 from qgraph.graph.build import attribute
 from qgraph.graph.detection_heads import find_heads
-from qgraph.graph.ignore import Ignore
 from qgraph.graph.ops import OpKind
 from qgraph.graph.plan import Site
 from qgraph.graph.tensors import weight_keys
@@ -78,9 +77,9 @@ class UseLogAffine(Pass):
                 key = (keys.get(target, target), site.bits, site.axis)
                 groups.setdefault(key, []).append(site)
         for (name, bits, _), sites in groups.items():
-            if any(Ignore.of(self.skip).matches(site.edge.consumer) for site in sites):
-                context.record(self.name, name, "kept", "left alone on request")
-            elif bits > MAX_BITS:
+            if context.left_alone(self.name, name, sites, self.skip):
+                continue
+            if bits > MAX_BITS:
                 context.record(self.name, name, "kept", f"{bits} bits: uniform steps are finer")
             else:
                 self._decide(module, context, name, sites)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch.fx import GraphModule, Node
 
-from qgraph.graph.ignore import Ignore
-from qgraph.graph.plan import Plan
+from qgraph.graph.ignore import Ignore, Pattern
+from qgraph.graph.plan import Plan, Site
 from qgraph.graph.verify import Sample
 
 if TYPE_CHECKING:
@@ -88,6 +88,16 @@ class Context:
         """Tell the caller how far things are."""
         if self.progress is not None:
             self.progress(what, done, total)
+
+    def left_alone(
+        self, by: str, value: object, sites: Iterable[Site], skip: Iterable[Pattern]
+    ) -> bool:
+        """Whether a pass was asked to skip a consumer of these sites; it says so in the report."""
+        asked = Ignore.of(skip)
+        skipped = any(asked.matches(site.edge.consumer) for site in sites)
+        if skipped:
+            self.record(by, value, "kept", "left alone on request")
+        return skipped
 
     def record(
         self, by: str, site: object, outcome: Literal["applied", "kept", "refused"], reason: str,
