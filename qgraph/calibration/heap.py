@@ -51,5 +51,9 @@ class Heap:
             return
         self._passed = 0
         if self._size() - self._floor > GROWTH:
-            self._release()
-            self._floor = self._size()
+            self.trim()
+
+    def trim(self) -> None:
+        """Hand back what is free now."""
+        self._release()
+        self._floor = self._size()

@@ -166,6 +166,8 @@ def collect(
         run.mask = None if row_masks is None else row_masks(args, kwargs)
         _forward(module, observed, args, kwargs, run)
         done += 1
+        if done == 1:
+            run.heap.trim()  # by now statistics lie where they stay, with gaps between them
         if progress is not None:
             progress("calibrate", done, expected)
         if done == max_batches:

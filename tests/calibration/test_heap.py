@@ -6,8 +6,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+import qgraph
 from qgraph.calibration import heap
 from qgraph.calibration.heap import GROWTH, LOOK, Heap
+from qgraph.calibration.sweep import collect
 
 
 def test_memory_is_looked_at_now_and_then_and_handed_back_once_it_has_grown():
@@ -39,3 +41,23 @@ def test_systems_that_say_nothing_release_nothing(monkeypatch, tmp_path):
     watched.passed(10 * LOOK)
     assert not calls
     heap.give_back()
+
+
+def test_trimming_sets_the_floor_anew():
+    size, released = [1000], []
+    watched = Heap(lambda: size[0], lambda: released.append(size[0]))
+    size[0] = 5000
+    watched.trim()
+    assert released == [5000]
+    size[0] = 5000 + GROWTH
+    watched.passed(LOOK)
+    assert released == [5000]
+
+
+def test_a_sweep_hands_back_once_after_its_first_batch(monkeypatch):
+    told: list[object] = []
+    monkeypatch.setattr(Heap, "trim", lambda _: told.append("trimmed"))
+    module = qgraph.trace(torch.nn.Linear(2, 2).eval(), torch.ones(2, 2))
+    data = [torch.ones(2, 2)] * 3
+    collect(module, data, {}, progress=lambda _, done, __: told.append(done))
+    assert told == ["trimmed", 1, 2, 3]
