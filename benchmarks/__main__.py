@@ -154,7 +154,8 @@ def main() -> None:
 def merged(before: Row, batches: int, rows: dict[str, Row]) -> Row:
     """New rows beside those of toolkits that this run left out, if they saw the same batches."""
     kept = before["peers"] if before.get("batches") == batches else {}
-    return {"batches": batches, "peers": {**kept, **rows}}
+    found = {**kept, **rows}
+    return {"batches": batches, "peers": {name: found[name] for name in PEERS if name in found}}
 
 
 def compare(model: str, options: argparse.Namespace, saved: Row) -> None:

@@ -70,12 +70,12 @@ def _on_names(case: Case, module: Callable[..., Any]) -> Run:
     return lambda batch: case.output(module(**batch))
 
 
-def qgraph_int8(case: Case, clock: Clock, scope: str = "full") -> Run:
+def qgraph_int8(case: Case, clock: Clock, **options: str) -> Run:
     """This toolkit's default pipeline; replays after each pass are off, as peers have none."""
     import qgraph
     from qgraph.graph.trace import trace_sharing
 
-    chosen = qgraph.pipeline("int8", scope=scope)
+    chosen = qgraph.pipeline("int8", **options)  # type: ignore[arg-type]
     with clock.stage("trace"):  # as compile() does it: qgraph.trace() copies the parameters
         traced = trace_sharing(case.model, (), case.calibration[0])
     with clock.stage("compile"):
@@ -85,7 +85,12 @@ def qgraph_int8(case: Case, clock: Clock, scope: str = "full") -> Run:
 
 def qgraph_linears(case: Case, clock: Clock) -> Run:
     """The same for layers with weights alone, as quanto and ModelOpt quantize."""
-    return qgraph_int8(case, clock, "linear")
+    return qgraph_int8(case, clock, scope="linear")
+
+
+def qgraph_full_ranges(case: Case, clock: Clock) -> Run:
+    """The same without a search of ranges: each holds all that was seen."""
+    return qgraph_int8(case, clock, scope="linear", method="minmax")
 
 
 def onnxruntime_static(case: Case, clock: Clock) -> Run:
@@ -196,6 +201,7 @@ PEERS: dict[str, Peer] = {
     "float": float_model,
     "qgraph": qgraph_int8,
     "qgraph, layers only": qgraph_linears,
+    "qgraph, layers only, full ranges": qgraph_full_ranges,
     "onnxruntime": onnxruntime_static,
     "torchao": torchao_pt2e,
     "nncf": nncf_fx,
@@ -205,6 +211,7 @@ PEERS: dict[str, Peer] = {
 }
 PACKAGES = {
     "qgraph, layers only": "qgraph",
+    "qgraph, layers only, full ranges": "qgraph",
     "modelopt": "nvidia-modelopt",
     "quanto": "optimum-quanto",
     "float": "torch",
