@@ -77,29 +77,58 @@ def test_rows_of_coded_tables_are_gathered_and_scaled(name: str, shape: tuple[in
 
 
 class Resized(nn.Module):
-    """Twice as high, three times as wide."""
+    """Higher and wider: by sizes of its own, or by factors that torch applies."""
 
-    def __init__(self, mode: str) -> None:
+    def __init__(self, mode: str, factors: tuple[float, float], *, by_size: bool) -> None:
         super().__init__()
-        self.mode = mode
+        self.mode, self.factors, self.by_size = mode, factors, by_size
 
     def forward(self, x: Tensor) -> Tensor:
         corners = None if self.mode == "nearest" else False
-        size = (x.shape[2] * 2, x.shape[3] * 3)
-        return F.interpolate(torch.neg(x), size, mode=self.mode, align_corners=corners)
+        if self.by_size:
+            high, wide = self.factors
+            size = (x.shape[2] * int(high), x.shape[3] * int(wide))
+            return F.interpolate(torch.neg(x), size, mode=self.mode, align_corners=corners)
+        factors = list(self.factors)
+        return F.interpolate(
+            torch.neg(x), scale_factor=factors, mode=self.mode, align_corners=corners
+        )
 
 
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
-def test_open_sizes_are_computed_when_it_runs(mode: str) -> None:
-    height, width = Dim("h", min=2, max=64), Dim("w", min=2, max=64)
-    module = trace(
-        Resized(mode).eval(), torch.randn(2, 3, 4, 5), dynamic_shapes={"x": {2: height, 3: width}}
-    )
+@pytest.mark.parametrize("by_size", [True, False])
+@pytest.mark.parametrize("axes", [(2, 3), (2,), (3,)])
+def test_open_sizes_are_computed_when_it_runs(
+    mode: str, by_size: bool, axes: tuple[int, ...]
+) -> None:
+    model = Resized(mode, (2.0, 3.0), by_size=by_size).eval()
+    sizes = {axis: Dim(f"s{axis}", min=2, max=64) for axis in axes}
+    module = trace(model, torch.randn(2, 3, 4, 5), dynamic_shapes={"x": sizes})
     lowered = integer.lower(module, mode="fixed_point")
     assert not lowered.explain().islands
-    for shape in ((2, 3, 4, 5), (2, 3, 7, 3), (2, 3, 3, 9)):
-        x = torch.randn(shape)
-        torch.testing.assert_close(lowered(x), Resized(mode)(x), atol=2e-5, rtol=1e-5)
+    for high, wide in ((4, 5), (7, 3), (3, 9)):
+        x = torch.randn(2, 3, high if 2 in axes else 4, wide if 3 in axes else 5)
+        torch.testing.assert_close(lowered(x), model(x), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize(("factors", "shape"), [
+    ((1.5, 2.0), (4, 7)), ((1.5, 2.0), (5, 6)), ((2.0, 1.5), (5, 7)), ((3.0, 2.0), (5, 7)),
+])  # fmt: skip
+@pytest.mark.parametrize("open_sizes", [False, True])
+def test_factors_that_are_no_ratio_of_sizes_sample_where_torch_does(
+    mode: str, factors: tuple[float, float], shape: tuple[int, int], open_sizes: bool
+) -> None:
+    model, x = Resized(mode, factors, by_size=False).eval(), torch.randn(2, 3, *shape)
+    sizes = {axis: Dim(f"s{axis}", min=2, max=64) for axis in (2, 3)} if open_sizes else None
+    module = trace(model, x, dynamic_shapes=None if sizes is None else {"x": sizes})
+    lowered = integer.lower(module, mode="fixed_point")
+    torch.testing.assert_close(lowered(x), model(x), atol=2e-5, rtol=1e-5)
+    whole = [
+        f.is_integer() or not (open_sizes or size % 2)
+        for f, size in zip(factors, shape, strict=True)
+    ]
+    assert bool(lowered.explain().islands) == (not all(whole))
 
 
 @pytest.mark.parametrize("op", [aten.linear.default, aten.conv1d.default, aten.conv2d.default,
