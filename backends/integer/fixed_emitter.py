@@ -147,8 +147,7 @@ class FixedEmitter(Emitter):
         if node.target in MOVES or node.target in SPLITS or name == "getitem":
             return super()._float(node)  # type: ignore[return-value]
         if name in {"eq", "ne", "lt", "le", "gt", "ge"}:
-            a, b = (self.operand(item) for item in node.args[:2])
-            return self.call(node.target, a, b)
+            return self.call(node.target, *(self.operand(item) for item in node.args))
         if name in {"argmax", "argmin", "any", "all"}:
             args, kwargs = self.arguments(node)
             return self.call(node.target, *args, **kwargs)

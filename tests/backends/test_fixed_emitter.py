@@ -76,6 +76,28 @@ def test_rows_of_coded_tables_are_gathered_and_scaled(name: str, shape: tuple[in
     assert bool(lowered.explain().islands) == (name == "rows")
 
 
+def test_rows_of_float_tables_are_gathered_by_computed_places() -> None:
+    index, table = torch.tensor([[0, 2], [3, 1]]), torch.arange(30.0).view(5, 6) / 64 - 0.2
+    b = SingleOp()
+    place = b.call(aten.add.Tensor, b.placeholder("i", index), 1)  # a number, no fixed point
+    rows = b.call(aten.embedding.default, b.buffer("t", table), place)
+    (found,) = integer.lower(b.finish(rows), mode="fixed_point")(index)
+    torch.testing.assert_close(found, table[index + 1], atol=UNIT, rtol=0)
+
+
+@pytest.mark.parametrize(("op", "bound"), [
+    (aten.gt.Scalar, 0.5), (aten.ge.Scalar, 0.5), (aten.lt.Scalar, -0.25), (aten.le.Scalar, -0.25),
+    (aten.eq.Scalar, 0.5), (aten.ne.Scalar, -1),
+])  # fmt: skip
+def test_values_are_compared_with_numbers_in_fixed_point(op: Any, bound: float) -> None:
+    x = torch.tensor([-1.0, -0.25, -0.25 - UNIT, 0.0, 0.25, 0.5, 0.5 + 2 * UNIT, 1.0])
+    b = SingleOp()
+    y = b.call(op, b.call(aten.neg.default, b.placeholder("x", -x)), bound)
+    lowered = integer.lower(b.finish(y), mode="fixed_point")
+    assert torch.equal(lowered(-x)[0], op(x, bound))
+    assert not lowered.explain().islands
+
+
 class Resized(nn.Module):
     """Higher and wider: by sizes of its own, or by factors that torch applies."""
 

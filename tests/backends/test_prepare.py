@@ -102,6 +102,7 @@ STORED: dict[str, tuple[AffineEncoding, torch.dtype]] = {
     "unsigned 4 bits": (coded(0, 15, 9), torch.int8), "far off": (coded(600, 700, 650), torch.int8),
     "up to 128": (coded(-120, 128, 3), torch.int8), "from -129": (coded(-129, 100), torch.int8),
     "9 bits": (coded(-256, 255, 9), torch.int16),
+    "one more than a byte": (coded(-128, 128, 3), torch.int16),
     "16 bits": (coded(-(2**15), 2**15 - 1, 4), torch.int16),
     "17 bits": (coded(-(2**16), 2**16 - 1), torch.int32),
     "one more than 16 bits": (coded(0, 2**16), torch.int32),
@@ -118,6 +119,14 @@ def test_stored_codes_keep_their_values_in_int8_where_they_fit(name: str) -> Non
     held = {n.meta["val"].dtype for n in prepared.module.graph.nodes if n.op == "get_attr"}
     assert dtype in held
     assert not held & ({torch.int8, torch.int16, torch.uint8} - {dtype})
+
+
+@pytest.mark.parametrize("name", ["int8", "narrow", "2 bits", "unsigned 4 bits", "rows"])
+def test_stored_codes_that_fit_are_not_moved(name: str) -> None:
+    encoding, _ = STORED[name]
+    prepared = same(stored_graph(encoding), X[0, :1])
+    (held,) = [b for b in prepared.module.buffers() if b.shape == (5, 4)]
+    assert torch.equal(held, drawn(encoding, (5, 4), 7).to(torch.int8))
 
 
 def test_unsigned_codes_of_16_bits_keep_their_values() -> None:
