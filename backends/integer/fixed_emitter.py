@@ -7,6 +7,7 @@ What is not in codes is an int64 with 24 fractional bits (`qgraph.backends.fixed
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -70,8 +71,13 @@ class FixedEmitter(Emitter):
         size = node.meta["val"].shape[axis]
         if isinstance(size, int):
             return size
-        sizes: Any = node.args[1]
-        return self.plain(sizes[axis - 2]) if isinstance(sizes[axis - 2], Node) else sizes[axis - 2]
+        arguments: Any = node.args
+        source, sizes, *_, factors = arguments
+        position = axis - 2
+        if sizes is not None:
+            return self.plain(sizes[position])
+        before = self.call(aten.sym_size.int, self.plain(source), axis)
+        return self.call(operator.mul, before, int(factors[position]))
 
     def _plain(self, node: Node) -> Any:
         if node in self.semantics.fixed:
@@ -141,8 +147,7 @@ class FixedEmitter(Emitter):
         if node.target in MOVES or node.target in SPLITS or name == "getitem":
             return super()._float(node)  # type: ignore[return-value]
         if name in {"eq", "ne", "lt", "le", "gt", "ge"}:
-            a, b = (self.operand(item) for item in node.args[:2])
-            return self.call(node.target, a, b)
+            return self.call(node.target, *(self.operand(item) for item in node.args))
         if name in {"argmax", "argmin", "any", "all"}:
             args, kwargs = self.arguments(node)
             return self.call(node.target, *args, **kwargs)

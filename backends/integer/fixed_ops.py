@@ -193,7 +193,19 @@ def _avg_pool(emitter: FixedEmitter, node: Node) -> Node | None:
     return emitter.call(fixed.rescale_wide, total, *values)
 
 
+def _factors_are_ratios(node: Node) -> bool:
+    """Whether scale factors are the ratios of the sizes; others round the result's size down."""
+    source, *_, factors = node.args
+    sizes = source.meta["val"].shape[2:]  # type: ignore[union-attr]
+    return all(
+        factor.is_integer() or (isinstance(size, int) and (size * factor).is_integer())
+        for size, factor in zip(sizes, factors, strict=True)  # type: ignore[arg-type]
+    )
+
+
 def _resize(emitter: FixedEmitter, node: Node) -> Node | None:
+    if node.args[1] is None and not _factors_are_ratios(node):
+        return None
     x = emitter.plain(node.args[0])  # type: ignore[arg-type]
     size: Any = [emitter.size_of(node, axis) for axis in (2, 3)]
     if node.target is aten.upsample_nearest2d.vec:

@@ -136,16 +136,18 @@ CONV_U8 = torch.ops.qgraph.conv_u8.default
 @functools.cache
 def has_exact_u8_kernels() -> bool:
     """Whether oneDNN's int8 kernels exist here and do not saturate 16-bit pair sums."""
+    zero, unit = 3, [1, 1]
+    weight = torch.full((16, 8, 3, 3), 127, dtype=torch.int8)  # pairs of the largest products
+    image = torch.full_like(weight, 255, dtype=torch.uint8)
+    ones, zeros = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int64)
+    x, matrix = image.flatten(1), weight.flatten(1)
     try:
-        x = torch.full((32, 64), 255, dtype=torch.uint8)
-        weight = torch.full((16, 64), 127, dtype=torch.int8)
-        ones, zeros = torch.ones(16), torch.zeros(16, dtype=torch.int64)
-        y = _linear_u8(x, pack_linear(weight), ones, zeros, None, 3)
-        image = torch.full((1, 8, 6, 6), 255, dtype=torch.uint8)
-        kernel = torch.full((16, 8, 3, 3), 127, dtype=torch.int8)
-        one, none = [1, 1], [0, 0]
-        packed = pack_conv(kernel, 3, one, none, one, 1)
-        z = _conv_u8(image, packed, ones, zeros, None, 3, [3, 3], one, none, one, 1)
+        y = _linear_u8(x, pack_linear(matrix), ones, zeros, None, zero)
+        packed = pack_conv(weight, zero, unit, unit, unit, 1)
+        size = [*weight.shape[-2:]]
+        z = _conv_u8(image, packed, ones, zeros, None, zero, size, unit, unit, unit, 1)
     except (RuntimeError, AttributeError):
         return False
-    return bool((y == 252 * 127 * 64).all() and (z == 252 * 127 * 72).all())
+    products = (x.double() - zero) @ matrix.double().T
+    sums = torch.conv2d(image.double() - zero, weight.double(), None, unit, unit, unit)
+    return torch.equal(y.double(), products) and torch.equal(z.double(), sums)

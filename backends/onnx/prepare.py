@@ -122,7 +122,7 @@ def _is_wide(encoding: AffineEncoding) -> bool:
 def _container(encoding: AffineEncoding, node: Node) -> tuple[int, torch.dtype]:
     """Shift and dtype in which activation codes are stored."""
     if encoding.qmax - encoding.qmin <= 255:
-        return -encoding.qmin if encoding.qmin < 0 else 0, torch.uint8
+        return max(-encoding.qmin, 0), torch.uint8
     if not _is_wide(encoding):
         return 0, torch.int16 if encoding.qmax < 2**15 else torch.uint16
     msg = f"{node.name}: no ONNX integer type holds codes {encoding.qmin}..{encoding.qmax}"
@@ -203,10 +203,11 @@ def _stored_codes(
             msg = f"{node.name}: int32 codes must have zero point 0"
             raise ExportError(msg)
         return source, None
-    shift = 0
-    dtype = torch.int8 if encoding.qmax - encoding.qmin <= 255 else _container(encoding, node)[1]
-    if dtype is torch.int8 and not (encoding.qmin >= -128 and encoding.qmax <= 127):
-        shift = -128 - encoding.qmin
+    low, high = encoding.qmin, encoding.qmax
+    if high - low <= 255:  # codes move no further than they must
+        shift, dtype = max(-128 - low, 0) + min(127 - high, 0), torch.int8
+    else:
+        shift, dtype = _container(encoding, node)
     if shift or codes.dtype != dtype:
         moved = (codes.to(torch.int32) + shift).to(dtype)
         source = insert_buffer(module, f"{source.target}_stored", moved, before=node)

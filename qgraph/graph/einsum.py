@@ -45,8 +45,8 @@ def decompose_einsum(module: GraphModule) -> bool:
 
 def _parse(node: Node) -> tuple[list[_Term], str] | None:
     equation, operands = node.args[0], node.args[1]
-    if not isinstance(equation, str) or not isinstance(operands, (list, tuple)):
-        return None
+    assert isinstance(equation, str)
+    assert isinstance(operands, (list, tuple))
     left, arrow, output = equation.replace(" ", "").partition("->")
     inputs = left.split(",")
     unused = [c for c in string.ascii_letters if c not in equation]

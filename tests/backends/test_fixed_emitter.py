@@ -76,30 +76,81 @@ def test_rows_of_coded_tables_are_gathered_and_scaled(name: str, shape: tuple[in
     assert bool(lowered.explain().islands) == (name == "rows")
 
 
-class Resized(nn.Module):
-    """Twice as high, three times as wide."""
+def test_rows_of_float_tables_are_gathered_by_computed_places() -> None:
+    index, table = torch.tensor([[0, 2], [3, 1]]), torch.arange(30.0).view(5, 6) / 64 - 0.2
+    b = SingleOp()
+    place = b.call(aten.add.Tensor, b.placeholder("i", index), 1)  # a number, no fixed point
+    rows = b.call(aten.embedding.default, b.buffer("t", table), place)
+    (found,) = integer.lower(b.finish(rows), mode="fixed_point")(index)
+    torch.testing.assert_close(found, table[index + 1], atol=UNIT, rtol=0)
 
-    def __init__(self, mode: str) -> None:
+
+@pytest.mark.parametrize(("op", "bound"), [
+    (aten.gt.Scalar, 0.5), (aten.ge.Scalar, 0.5), (aten.lt.Scalar, -0.25), (aten.le.Scalar, -0.25),
+    (aten.eq.Scalar, 0.5), (aten.ne.Scalar, -1),
+])  # fmt: skip
+def test_values_are_compared_with_numbers_in_fixed_point(op: Any, bound: float) -> None:
+    x = torch.tensor([-1.0, -0.25, -0.25 - UNIT, 0.0, 0.25, 0.5, 0.5 + 2 * UNIT, 1.0])
+    b = SingleOp()
+    y = b.call(op, b.call(aten.neg.default, b.placeholder("x", -x)), bound)
+    lowered = integer.lower(b.finish(y), mode="fixed_point")
+    assert torch.equal(lowered(-x)[0], op(x, bound))
+    assert not lowered.explain().islands
+
+
+class Resized(nn.Module):
+    """Higher and wider: by sizes of its own, or by factors that torch applies."""
+
+    def __init__(self, mode: str, factors: tuple[float, float], *, by_size: bool) -> None:
         super().__init__()
-        self.mode = mode
+        self.mode, self.factors, self.by_size = mode, factors, by_size
 
     def forward(self, x: Tensor) -> Tensor:
         corners = None if self.mode == "nearest" else False
-        size = (x.shape[2] * 2, x.shape[3] * 3)
-        return F.interpolate(torch.neg(x), size, mode=self.mode, align_corners=corners)
+        if self.by_size:
+            high, wide = self.factors
+            size = (x.shape[2] * int(high), x.shape[3] * int(wide))
+            return F.interpolate(torch.neg(x), size, mode=self.mode, align_corners=corners)
+        factors = list(self.factors)
+        return F.interpolate(
+            torch.neg(x), scale_factor=factors, mode=self.mode, align_corners=corners
+        )
 
 
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
-def test_open_sizes_are_computed_when_it_runs(mode: str) -> None:
-    height, width = Dim("h", min=2, max=64), Dim("w", min=2, max=64)
-    module = trace(
-        Resized(mode).eval(), torch.randn(2, 3, 4, 5), dynamic_shapes={"x": {2: height, 3: width}}
-    )
+@pytest.mark.parametrize("by_size", [True, False])
+@pytest.mark.parametrize("axes", [(2, 3), (2,), (3,)])
+def test_open_sizes_are_computed_when_it_runs(
+    mode: str, by_size: bool, axes: tuple[int, ...]
+) -> None:
+    model = Resized(mode, (2.0, 3.0), by_size=by_size).eval()
+    sizes = {axis: Dim(f"s{axis}", min=2, max=64) for axis in axes}
+    module = trace(model, torch.randn(2, 3, 4, 5), dynamic_shapes={"x": sizes})
     lowered = integer.lower(module, mode="fixed_point")
     assert not lowered.explain().islands
-    for shape in ((2, 3, 4, 5), (2, 3, 7, 3), (2, 3, 3, 9)):
-        x = torch.randn(shape)
-        torch.testing.assert_close(lowered(x), Resized(mode)(x), atol=2e-5, rtol=1e-5)
+    for high, wide in ((4, 5), (7, 3), (3, 9)):
+        x = torch.randn(2, 3, high if 2 in axes else 4, wide if 3 in axes else 5)
+        torch.testing.assert_close(lowered(x), model(x), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize(("factors", "shape"), [
+    ((1.5, 2.0), (4, 7)), ((1.5, 2.0), (5, 6)), ((2.0, 1.5), (5, 7)), ((3.0, 2.0), (5, 7)),
+])  # fmt: skip
+@pytest.mark.parametrize("open_sizes", [False, True])
+def test_factors_that_are_no_ratio_of_sizes_sample_where_torch_does(
+    mode: str, factors: tuple[float, float], shape: tuple[int, int], open_sizes: bool
+) -> None:
+    model, x = Resized(mode, factors, by_size=False).eval(), torch.randn(2, 3, *shape)
+    sizes = {axis: Dim(f"s{axis}", min=2, max=64) for axis in (2, 3)} if open_sizes else None
+    module = trace(model, x, dynamic_shapes=None if sizes is None else {"x": sizes})
+    lowered = integer.lower(module, mode="fixed_point")
+    torch.testing.assert_close(lowered(x), model(x), atol=2e-5, rtol=1e-5)
+    whole = [
+        f.is_integer() or not (open_sizes or size % 2)
+        for f, size in zip(factors, shape, strict=True)
+    ]
+    assert bool(lowered.explain().islands) == (not all(whole))
 
 
 @pytest.mark.parametrize("op", [aten.linear.default, aten.conv1d.default, aten.conv2d.default,

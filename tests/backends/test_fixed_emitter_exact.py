@@ -203,3 +203,16 @@ def test_pools_to_one_place_average_each_channel_apart() -> None:
         node = builder.call(aten.neg.default, builder.placeholder("x", x))
         module = builder.finish(builder.call(op, node, size))
         assert torch.equal(integer.lower(module, mode="fixed_point")(x)[0], op(-x, size)), op
+
+
+def test_sums_finer_than_fixed_point_are_rounded_once_also_behind_a_move() -> None:
+    fine = AffineEncoding(
+        scale=torch.tensor(2.0**-13), zero_point=torch.tensor(0), qmin=-128, qmax=127
+    )
+    out = target((-128, 127), None, 2.0**-25)  # half a unit of fixed point
+    x, w = torch.arange(-6, 6, dtype=torch.int32).view(4, 3), torch.eye(3, dtype=torch.int32)
+    builder = SingleOp()
+    node = insert_product(builder, aten.linear.default, (x, fine), (w, fine))
+    node = builder.call(aten.transpose.int, node, 0, 1)
+    module = builder.finish(decode(builder, encode(builder, node, "out", out), "out", out))
+    assert torch.equal(found_codes(module, x), codes(x.double().t() * 2.0**-26, out))

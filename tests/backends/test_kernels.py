@@ -107,14 +107,24 @@ def test_processors_that_sum_bytes_in_32_bits_have_exact_kernels() -> None:
     assert has_exact_u8_kernels()
 
 
-def test_kernels_count_as_exact_only_if_both_give_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_less(weight: Tensor, where: slice) -> Tensor:
+    changed = weight.clone()
+    changed[where] -= 1
+    return changed
+
+
+def test_kernels_count_as_exact_only_if_both_give_all_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     probe = has_exact_u8_kernels.__wrapped__
     right = probe()
     for name in ("pack_linear", "pack_conv"):
         original = getattr(kernel_module, name)
-        with monkeypatch.context() as patch:
-            patch.setattr(kernel_module, name, lambda w, *a, f=original: f((w - 1).to(w.dtype), *a))
-            assert not probe()
+        for where in (slice(None), slice(1), slice(7, 8)):  # all channels, or a single one
+            with monkeypatch.context() as patch:
+                patch.setattr(
+                    kernel_module, name,
+                    lambda w, *a, f=original, at=where: f(one_less(w, at), *a),
+                )  # fmt: skip
+                assert not probe()
         with monkeypatch.context() as patch:
             patch.setattr(kernel_module, name, lambda *_: [].missing)  # type: ignore[attr-defined]
             assert not probe()

@@ -8,14 +8,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 
 from qgraph.backends.onnx import ops
 from qgraph.backends.onnx.prepare import pack_nibbles
 from qgraph.errors import ExportError
 from qgraph.formats import AffineEncoding, Encoding, LevelEncoding
 from tests.backends.exact import by_axis, coded, decode, drawn, encode
-from tests.backends.onnx_in_torch import same
+from tests.backends.onnx_in_torch import flat, same
 from tests.backends.single_ops import SingleOp
 
 aten = torch.ops.aten
@@ -96,6 +102,7 @@ STORED: dict[str, tuple[AffineEncoding, torch.dtype]] = {
     "unsigned 4 bits": (coded(0, 15, 9), torch.int8), "far off": (coded(600, 700, 650), torch.int8),
     "up to 128": (coded(-120, 128, 3), torch.int8), "from -129": (coded(-129, 100), torch.int8),
     "9 bits": (coded(-256, 255, 9), torch.int16),
+    "one more than a byte": (coded(-128, 128, 3), torch.int16),
     "16 bits": (coded(-(2**15), 2**15 - 1, 4), torch.int16),
     "17 bits": (coded(-(2**16), 2**16 - 1), torch.int32),
     "one more than 16 bits": (coded(0, 2**16), torch.int32),
@@ -112,6 +119,14 @@ def test_stored_codes_keep_their_values_in_int8_where_they_fit(name: str) -> Non
     held = {n.meta["val"].dtype for n in prepared.module.graph.nodes if n.op == "get_attr"}
     assert dtype in held
     assert not held & ({torch.int8, torch.int16, torch.uint8} - {dtype})
+
+
+@pytest.mark.parametrize("name", ["int8", "narrow", "2 bits", "unsigned 4 bits", "rows"])
+def test_stored_codes_that_fit_are_not_moved(name: str) -> None:
+    encoding, _ = STORED[name]
+    prepared = same(stored_graph(encoding), X[0, :1])
+    (held,) = [b for b in prepared.module.buffers() if b.shape == (5, 4)]
+    assert torch.equal(held, drawn(encoding, (5, 4), 7).to(torch.int8))
 
 
 def test_unsigned_codes_of_16_bits_keep_their_values() -> None:
@@ -195,8 +210,9 @@ def test_stored_ranks_are_looked_up(name: str) -> None:
 def linear(
     shape: tuple[int, ...], *, bias: str = "codes", out: list[Encoding] | None = None,
     data: Encoding | None = None, axis: int | None = 0, twice: bool = False,
+    builder: SingleOp | None = None,
 ) -> tuple[GraphModule, Tensor]:  # fmt: skip
-    b = SingleOp()
+    b = builder or SingleOp()
     data = coded(0, 255, 7) if data is None else data
     x = torch.randn(shape, generator=torch.Generator().manual_seed(6)) * 0.1
     source = b.placeholder("x", x)
@@ -242,6 +258,51 @@ def test_linears_are_one_product_of_two_axes(
             assert node.args[0].target is ops.DEQUANTIZE
             quantizers = [n for n in node.users if n.target is ops.QUANTIZE]
             assert len(quantizers) == (readers if bias != "float" else 0)
+
+
+class OpenSizes(SingleOp):
+    """Sizes of inputs are open, but for the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mode = FakeTensorMode(shape_env=ShapeEnv())
+
+    def placeholder(self, name: str, value: Tensor) -> Node:
+        node = self.graph.placeholder(name)
+        sizes = [DimDynamic.DYNAMIC] * (value.ndim - 1) + [DimDynamic.STATIC]
+        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
+        node.meta["val"] = self.mode.from_tensor(value, symbolic_context=context)
+        return node
+
+    def buffer(self, name: str, value: Tensor) -> Node:
+        self.module.register_buffer(name, value)
+        node = self.graph.get_attr(name)
+        node.meta["val"] = self.mode.from_tensor(value, static_shapes=True)
+        return node
+
+
+@pytest.mark.parametrize("readers", [0, 1])
+@pytest.mark.parametrize("shape", [(2, 4), (2, 3, 4), (2, 3, 5, 4)])
+def test_linears_of_open_sizes_fit_inputs_of_any(shape: tuple[int, ...], readers: int) -> None:
+    out: list[Encoding] = [coded(0, 255, 90)] * readers
+    module, x = linear(shape, out=out, builder=OpenSizes())
+    for given in (x, torch.cat([x, x]), x[:1]):
+        prepared, found = flat(module, given)
+        assert ops.GEMM in {n.target for n in prepared.module.graph.nodes}
+        for ours, theirs in zip(found, module(given), strict=True):
+            assert torch.equal(ours, theirs)
+    if len(shape) > 2:
+        other = x.repeat_interleave(3, 1)[:, 1:]
+        assert torch.equal(flat(module, other)[1][0], module(other)[0])
+
+
+def test_codes_that_move_have_the_dtype_of_their_container() -> None:
+    b, grid = SingleOp(), coded(-128, 127, -9)
+    node = encode(b, b.placeholder("x", X), "q", grid)
+    moved = b.call(aten.permute.default, b.call(aten.reshape.default, node, [6, 4]), [1, 0])
+    prepared = same(b.finish(b.call(aten.neg.default, decode(b, moved, "d", grid))), X)
+    moves = [n for n in prepared.module.graph.nodes if n.target is aten.permute.default]
+    assert [n.meta["val"].dtype for n in moves] == [torch.uint8]
 
 
 def test_linears_of_scales_by_channel_are_left_as_they_are() -> None:
@@ -303,9 +364,10 @@ def test_inputs_handed_on_and_results_named_twice_are_outputs_of_their_own() -> 
     y = b.call(aten.neg.default, x)
     b.graph.output((x, y, stored, y, x))
     b.module.recompile()
-    from tests.backends.onnx_in_torch import flat
-
-    _, found = flat(b.module, X)
+    prepared, found = flat(b.module, X)
     assert len(found) == 3
+    handed_on: Any = prepared.module.graph.output_node().args[0]
+    copy, negated = aten.clone.default, aten.neg.default
+    assert [n.target for n in handed_on] == [copy, negated, copy]
     for ours, theirs in zip(found, (X, -X, torch.ones(2)), strict=True):
         assert torch.equal(ours, theirs)
