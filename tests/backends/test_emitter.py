@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -72,3 +75,47 @@ def test_any_number_of_values_of_one_encoding_are_joined_as_codes(count: int) ->
     lowered = integer.lower(b.finish(encode(b, joined, "y", BYTES)))
     wanted: Tensor = BYTES.encode(X).repeat(1, count)
     assert torch.equal(lowered(X)[0], wanted)
+
+
+def conversions(lowered: integer.IntegerModel) -> int:
+    return sum(n.target is aten.to.dtype for n in lowered.graph_module.graph.nodes)
+
+
+SIGNED = coded(-128, 127, 5)
+BETWEEN: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "reshape": (aten.reshape.default, ([2, 6],)), "view": (aten.view.default, ([4, 3],)),
+    "transpose": (aten.transpose.int, (0, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["onnxruntime", "fixed_point"])
+@pytest.mark.parametrize("move", BETWEEN)
+def test_codes_that_move_before_they_are_read_stay_in_storage(
+    move: str, mode: integer.Mode
+) -> None:
+    target, args = BETWEEN[move]
+    counts = []
+    for moves in (False, True):
+        b = SingleOp()
+        codes = encode(b, b.placeholder("x", X), "x", SIGNED)
+        codes = b.call(target, codes, *args) if moves else codes
+        lowered = integer.lower(b.finish(decode(b, codes, "d", SIGNED)), mode=mode)
+        counts.append(conversions(lowered))
+    assert counts[0] == counts[1]
+    assert torch.equal(lowered(X)[0], target(SIGNED.fake(X), *args))
+
+
+@pytest.mark.parametrize("mode", ["onnxruntime", "fixed_point"])
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_that_are_cut_before_they_are_read_stay_codes(
+    mode: integer.Mode, *, signed: bool
+) -> None:
+    grid = SIGNED if signed else BYTES
+    b = SingleOp()
+    codes = encode(b, b.placeholder("x", X), "x", grid)
+    parts = b.graph.call_function(aten.chunk.default, (codes, 2, 1))
+    parts.meta["val"] = list(codes.meta["val"].chunk(2, 1))
+    last = b.graph.call_function(operator.getitem, (parts, 1))
+    last.meta["val"] = parts.meta["val"][1]
+    lowered = integer.lower(b.finish(decode(b, last, "d", grid)), mode=mode)
+    assert torch.equal(lowered(X)[0], grid.fake(X)[:, 2:])
