@@ -119,3 +119,21 @@ def test_codes_that_are_cut_before_they_are_read_stay_codes(
     last.meta["val"] = parts.meta["val"][1]
     lowered = integer.lower(b.finish(decode(b, last, "d", grid)), mode=mode)
     assert torch.equal(lowered(X)[0], grid.fake(X)[:, 2:])
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 3, 4, 5)])
+def test_float_ops_read_four_axes_in_the_layout_of_the_reference(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(8))
+    b = SingleOp()
+    turned = b.call(aten.transpose.int, b.placeholder("x", x), 1, 2)
+    results = [b.call(aten.softmax.int, turned, axis) for axis in (1, 2)]
+    b.graph.output(tuple(results))
+    b.module.recompile()
+    lowered = integer.lower(b.module)
+    laid = [n for n in lowered.graph_module.graph.nodes if n.target is aten.contiguous.default]
+    read = [n.args[0] for n in lowered.graph_module.graph.nodes if n.target is aten.softmax.int]
+    assert len(read) == 2
+    assert len(set(read)) == 1, "laid out once for both"
+    assert [n for n in laid if n in read] == (read[:1] if len(shape) == 4 else [])
+    for axis, found in zip((1, 2), lowered(x), strict=True):
+        assert torch.equal(found, torch.softmax(x.transpose(1, 2).contiguous(), axis))
