@@ -50,6 +50,17 @@ def test_what_depends_on_no_input_is_computed_once(mode: integer.Mode) -> None:
     assert torch.equal(lowered(X)[0].double(), exact.float().double())
 
 
+def test_constants_beside_codes_are_joined_as_stored_codes() -> None:
+    b = SingleOp()
+    x, held = read_input(b), torch.full((3, 2), 0.05)
+    stored = decode(b, encode(b, b.buffer("held", held), "h", BYTES), "h", BYTES)
+    joined = b.call(aten.cat.default, [x, stored], 1)
+    lowered = integer.lower(b.finish(joined))
+    depends = of_inputs(lowered.graph_module.graph)
+    assert [n for n, does in depends.items() if n.op == "call_function" and not does] == []
+    assert torch.equal(lowered(X)[0], BYTES.fake(torch.cat([X, held], 1)))
+
+
 def written_over(module: GraphModule) -> list[Node]:
     return [n for n in module.graph.nodes if n.target in IN_PLACE.values()]
 
