@@ -8,7 +8,6 @@ their reader, and each quantizer behind a product becomes one requantization.
 from __future__ import annotations
 
 import copy
-import operator
 from typing import Any
 
 import torch
@@ -89,7 +88,7 @@ class Emitter(QuantizerEmission):
         source = node.args[0] if node.args else None
         if isinstance(source, Node) and isinstance(self.env.get(source), Coded):
             coded = self.env[source]
-            if source not in self.semantics.levels and node.target is not operator.getitem:
+            if source not in self.semantics.levels:
                 return Coded(self.moved(node, coded.node), coded.storage)
         load = self.plain if is_elementary(node.target) else self._contiguous
         args, kwargs = map_arg(node.args, load), map_arg(node.kwargs, load)
@@ -202,9 +201,8 @@ class Emitter(QuantizerEmission):
     def _levels(self, coded: Coded, levels: Levels, ndim: int, dtype: torch.dtype) -> Node:
         if isinstance(levels.encoding, AffineEncoding):
             zero = levels.encoding.zero_point + coded.storage.offset
-            wide = coded.node
-            if coded.storage.dtype is not dtype:  # else `to` would hand out the codes themselves
-                wide = self.arithmetic(aten.to.dtype, wide, dtype)
+            # no codes are stored in the dtypes asked for: `to` copies, and never hands them out
+            wide = self.arithmetic(aten.to.dtype, coded.node, dtype)
             if levels.axis is None:
                 number = int(zero)
                 return self.arithmetic(aten.sub.Tensor, wide, number) if number else wide

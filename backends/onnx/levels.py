@@ -100,14 +100,18 @@ def threshold_cells(thresholds: Tensor) -> Cells | None:
 
 
 def level_runs(levels: Tensor) -> Runs | None:
-    """The runs of a table of levels by the steps between them, or None if there are many."""
-    if int(levels.abs().max()) >= 2**24:
+    """The runs of a table of levels by the steps between them, or None if there are many.
+
+    Levels are added up from the lowest one, so fp32 must hold the whole span.
+    """
+    first, last = int(levels[0]), int(levels[-1])
+    if max(-first, last, last - first) >= 2**24:
         return None
     steps, counts = torch.unique_consecutive(levels.diff(), return_counts=True)
     if len(steps) > MAX_RUNS:
         return None
     given = tuple(float(s) for s in steps), tuple(int(c) for c in counts)
-    return Runs((float(levels[0]),), *given)
+    return Runs((float(first),), *given)
 
 
 def lower_level_nodes(module: GraphModule) -> None:
@@ -190,14 +194,11 @@ def _lower_lookup(module: GraphModule, node: Node) -> None:
     values = values * (encoding.scale.unsqueeze(-1) if encoding.scale.ndim else encoding.scale)
     offsets = _offsets(module, node, values, encoding, ndim)
     table = insert_buffer(module, f"{node.name}_values", values.flatten(), before=node)
-    source = node.args[0]
-    assert isinstance(source, Node)
-    if source.op == "get_attr" or source.meta["val"].dtype is not torch.int32:
-        source = insert_call(
-            module, torch.ops.aten._to_copy.default, source, like=node, before=node,
-            dtype=torch.int32,
-        )  # fmt: skip
-    new = insert_call(module, ops.LOOKUP, source, table, offsets, like=node, before=node)
+    ranks = insert_call(
+        module, torch.ops.aten._to_copy.default, node.args[0], like=node, before=node,
+        dtype=torch.int32,
+    )  # fmt: skip
+    new = insert_call(module, ops.LOOKUP, ranks, table, offsets, like=node, before=node)
     node.replace_all_uses_with(new)
     module.graph.erase_node(node)
 
@@ -205,7 +206,7 @@ def _lower_lookup(module: GraphModule, node: Node) -> None:
 def padded(thresholds: Tensor) -> tuple[Tensor, int]:
     """Thresholds padded with +inf to ``2**steps - 1`` per row, and `steps`."""
     count = thresholds.shape[-1]
-    steps = (count + 1 - 1).bit_length()
+    steps = count.bit_length()
     missing = (1 << steps) - 1 - count
     return torch.nn.functional.pad(thresholds, (0, missing), value=float("inf")), steps
 

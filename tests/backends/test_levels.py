@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -41,6 +43,35 @@ def test_numbers_are_counted_while_float32_holds_them_and_their_halves() -> None
     for top, fits in ((2**24 - 1, True), (2**24, False)):
         assert (level_runs(torch.tensor([top - 1, top])) is not None) == fits
         assert (level_runs(torch.tensor([-top, 1 - top])) is not None) == fits
+
+
+HALVES = [n / 2 for n in range(-4, 5)]
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_runs_stand_for_the_thresholds_that_they_were_made_of(count: int) -> None:
+    for cuts in itertools.combinations(HALVES, count):
+        found = runs(*cuts)
+        if found is None:
+            continue
+        rebuilt = [
+            end + (step * k if end >= 0 else -step * k)
+            for end, step, length in zip(found.ends, found.steps, found.counts, strict=True)
+            for k in range(length)
+        ]  # fmt: skip
+        assert sorted(rebuilt) == list(cuts), "each run starts at its end and leads away from zero"
+        assert all(length > 0 for length in found.counts)
+
+
+def test_levels_are_added_up_while_their_whole_span_is_exact() -> None:
+    top = 2**23
+    for low, high, fits in (
+        (-top, top - 1, True), (-top, top, False), (1 - 2 * top, 2 * top - 2, False),
+        (-(2**31), -1, False), (2 * top, 2 * top + 1, False),
+    ):  # fmt: skip
+        for levels in ([low, high], [low, low + 3, high]):
+            found = level_runs(torch.tensor(levels, dtype=torch.int32))
+            assert (found is not None) == fits, levels
 
 
 CELLS = [  # thresholds a whole step apart: dtype and number of the cell around zero
@@ -83,6 +114,14 @@ def test_cells_are_as_wide_as_the_narrowest_gap_allows() -> None:
     for power, fits in ((-40, False), (-39, True), (39, True), (40, False)):
         cuts = torch.tensor([0.0, 2.0**power])
         assert (threshold_cells(cuts) is not None) == fits
+
+
+@pytest.mark.parametrize("count", [255, 256, 257])
+def test_ranks_of_cells_are_bytes_while_the_last_one_fits(count: int) -> None:
+    found = threshold_cells(torch.arange(count) + 0.5)
+    assert found is not None
+    assert found.below.dtype is (torch.uint8 if count < 256 else torch.int16)
+    assert (int(found.below[0]), int(found.below[-1])) == (0, count)
 
 
 @pytest.mark.parametrize("count", range(1, 18))

@@ -173,6 +173,10 @@ LEVELS: dict[str, LevelEncoding] = {
         "cells", torch.tensor(2.0**-12), torch.tensor([-900, -77, -3, 0, 11, 80, 1001]),
         storage_bits=3,
     ),
+    "cells by column": LevelEncoding.nearest(
+        "cells", 2.0 ** -torch.arange(9.0, 13), torch.tensor([-90, -37, -3, 0, 11, 80, 101]),
+        storage_bits=3, axis=2,
+    ),
     "a search": LevelEncoding.nearest(
         "wide", torch.tensor(2.0**-21), torch.tensor([0, *(3**k for k in range(15))]),
         storage_bits=4,
@@ -184,8 +188,8 @@ LEVELS: dict[str, LevelEncoding] = {
 }  # fmt: skip
 SEARCH: dict[str, tuple[Any, Any]] = {
     "runs": (ops.RANK_RUNS, ops.LOOKUP_RUNS), "runs by column": (ops.RANK_RUNS, ops.LOOKUP_RUNS),
-    "cells": (ops.RANK_CELLS, ops.LOOKUP), "a search": (ops.RANK, ops.LOOKUP),
-    "a search by row": (ops.RANK, ops.LOOKUP),
+    "cells": (ops.RANK_CELLS, ops.LOOKUP), "cells by column": (ops.RANK_CELLS, ops.LOOKUP),
+    "a search": (ops.RANK, ops.LOOKUP), "a search by row": (ops.RANK, ops.LOOKUP),
 }  # fmt: skip
 
 
@@ -205,6 +209,18 @@ def test_ranks_and_levels_are_found_by_the_cheapest_search(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in LEVELS if "by" not in n])
 def test_stored_ranks_are_looked_up(name: str) -> None:
     same(stored_graph(LEVELS[name]), X[0, :1])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+@pytest.mark.parametrize("name", LEVELS)
+def test_ranks_that_come_in_are_looked_up_whatever_integers_they_are(
+    name: str, dtype: torch.dtype
+) -> None:
+    encoding = LEVELS[name]
+    codes = drawn(encoding, tuple(X.shape), 3).to(dtype)
+    b = SingleOp()
+    values = decode(b, b.placeholder("codes", codes), "d", encoding)
+    same(b.finish(b.call(aten.neg.default, values)), codes)
 
 
 def linear(
