@@ -193,7 +193,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *_of(
         PREPARE,
         ("stored = (encoding.zero_point + shift).to(dtype)", "stored = encoding.zero_point.to(dtype)"),
-        ("shift = -128 - encoding.qmin", "shift = -127 - encoding.qmin"),
+        ("max(-128 - low, 0)", "max(-127 - low, 0)"),
         ("nibbles[..., 0] | (nibbles[..., 1] << 4)", "nibbles[..., 1] | (nibbles[..., 0] << 4)"),
         ("low, high = encoding.qmin + shift, encoding.qmax + shift", "low, high = encoding.qmin + shift, 255"),
     ),
