@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
@@ -49,7 +50,7 @@ def set_value(module: GraphModule, node: Node) -> None:
     args: Any = map_arg(node.args, value_of)
     kwargs: Any = map_arg(node.kwargs, value_of)
     shape = _matmul_shape(*args) if node.target is torch.ops.aten.matmul.default else None
-    with mode:
+    with mode, enable_python_dispatcher():  # resizes in C++ read sizes as numbers, for good
         if shape is not None:
             node.meta["val"] = args[0].new_empty(shape)
         else:

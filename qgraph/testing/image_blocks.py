@@ -247,12 +247,25 @@ class WeightShared(nn.Module):
         return self.conv(F.mish(self.conv(x)))
 
 
+class Rescaled(nn.Module):
+    """By a factor that is not the ratio of the sizes, and back by size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.interpolate(x, scale_factor=1.3, mode="bilinear")
+        y = self.conv(F.relu(y))
+        return x + F.interpolate(y, size=x.shape[2:], mode="nearest")
+
+
 IMAGE_BLOCKS: dict[str, Callable[[], nn.Module]] = {
     cls.__name__: cls
     for cls in (
         Bottleneck, PreActivated, InvertedResidual, SqueezeExcite, ChannelThenSpatial,
         ConvNextBlock, Ghost, Shuffled, Dense, Inception, PooledPyramid, CrossStage,
         ParallelBranches, GroupNormed, InstanceNormed, Asymmetric, SubPixel, DownAndUp, Learned,
-        Gated, NonLocal, WeightShared,
+        Gated, NonLocal, WeightShared, Rescaled,
     )
 }  # fmt: skip
