@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adding a call to a graph must not fix a size that was free: shapes are shared with other graphs."""
+"""Adding a call to a graph must not fix a size that was free: graphs share their sizes."""
 
 from __future__ import annotations
 
