@@ -201,8 +201,9 @@ class Emitter(QuantizerEmission):
     def _levels(self, coded: Coded, levels: Levels, ndim: int, dtype: torch.dtype) -> Node:
         if isinstance(levels.encoding, AffineEncoding):
             zero = levels.encoding.zero_point + coded.storage.offset
-            # no codes are stored in the dtypes asked for: `to` copies, and never hands them out
-            wide = self.arithmetic(aten.to.dtype, coded.node, dtype)
+            wide = coded.node
+            if coded.storage.dtype is not dtype:  # else `to` would hand out the codes themselves
+                wide = self.arithmetic(aten.to.dtype, wide, dtype)
             if levels.axis is None:
                 number = int(zero)
                 return self.arithmetic(aten.sub.Tensor, wide, number) if number else wide
