@@ -48,11 +48,8 @@ RANGES = ("qgraph/calibration/extrema.py", "tests/calibration/test_statistics.py
 MOMENTS = ("qgraph/calibration/moments.py", "tests/calibration/test_statistics.py")
 SCALES = ("qgraph/calibration/affine.py", "tests/calibration/test_ranges.py")
 TABLES = ("backends/tables.py", "tests/backends/test_tables.py tests/backends/test_integer.py")
-PREPARE = (
-    "backends/onnx/prepare.py",
-    "tests/backends/test_prepare.py tests/backends/test_onnx_levels.py"
-    " tests/backends/test_onnx_export.py",
-)
+STORED = "tests/backends/test_prepare.py tests/backends/test_onnx_levels.py"
+PREPARE = ("backends/onnx/prepare.py", f"{STORED} tests/backends/test_onnx_export.py")
 CHANNEL = ("backends/onnx/by_channel.py", "tests/backends/test_onnx_levels.py")
 ONNX_LEVELS = ("backends/onnx/levels.py", "tests/backends/test_onnx_levels.py")
 FINISH = ("backends/onnx/finish.py", "tests/backends/test_onnx_export.py")
